@@ -1,0 +1,125 @@
+"""The configuration of a student: a Llama-family decoder, which mixer each layer has, and what that mixer is.
+
+A family's peculiarities are flags here, never subclasses (`convert/families.py` holds them as data).
+A teacher is the same decoder with no `linear_attention` layer. The model that reads this is `modeling.py`.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .errors import UserError
+
+FORMAT_VERSION = 1
+LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
+MIXERS = ("gated_delta", "delta")
+STATE_HEADS = ("shared", "expanded")
+
+
+@strict
+class DeltaNetConfig(PreTrainedConfig):
+    """Args beyond the usual Llama ones:
+
+    layer_types: per layer `linear_attention` (the delta rule), `full_attention` or `sliding_attention`.
+    rope_layers: per layer, whether q and k are rotated (SmolLM3 has layers without); None means all.
+    qkv_bias, o_bias, mlp_bias: which projections of *attention* layers and MLPs carry a bias.
+    qk_norm: `head` for an RMS norm over head_dim of q and k before RoPE (Qwen3), else `none`.
+    mixer: `gated_delta` (input-dependent decay) or `delta` (none).
+    state_heads: one state per key/value head (`shared`) or one per query head (`expanded`).
+    beta_max: the write strength lies in (0, beta_max); 1 or 2.
+    skip_taps: how many tokens of v (this one and the ones before) bypass the state; 0 switches it off.
+    read_gate: a scalar per head, linear in the input, multiplies what is read from the state.
+    mixer_bias: the linear mixer's output projection has a bias.
+    conv_kernel: a causal depthwise convolution over q, k and v, identity at the start; 0 switches it off.
+    output_gate: a sigmoid gate per channel on what is read, 1 at the start.
+    head_norm: an RMS norm per head on what the mixer reads, before the output projection.
+    format_version: layout of the checkpoint; a newer one than this code knows is refused.
+    """
+
+    model_type = "deltanet_hybrid"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = "none"
+    attention_dropout: float | int = 0.0
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    rope_layers: list[bool] | None = None
+
+    mixer: str = "gated_delta"
+    state_heads: str = "expanded"
+    beta_max: float | int = 1.0
+    skip_taps: int = 4
+    read_gate: bool = True
+    mixer_bias: bool = True
+    conv_kernel: int = 0
+    output_gate: bool = False
+    head_norm: bool = False
+
+    source_model_type: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raises UserError naming the first field whose value is not allowed."""
+        for field, allowed in (
+            ("mixer", MIXERS),
+            ("state_heads", STATE_HEADS),
+            ("qk_norm", ("none", "head")),
+            ("beta_max", (1, 2)),
+        ):
+            if getattr(self, field) not in allowed:
+                raise UserError(f"config.{field} is {getattr(self, field)!r}; allowed: {', '.join(map(str, allowed))}")
+        if self.format_version > FORMAT_VERSION:
+            raise UserError(
+                f"config.format_version is {self.format_version}; this version of deltanet reads up to {FORMAT_VERSION}"
+            )
+        for index, kind in enumerate(self.layer_types):
+            if kind not in LAYER_TYPES:
+                raise UserError(f"config.layer_types[{index}] is {kind!r}; allowed: {', '.join(LAYER_TYPES)}")
+        for field in ("layer_types", "rope_layers"):
+            value = getattr(self, field)
+            if value is not None and len(value) != self.num_hidden_layers:
+                raise UserError(f"config.{field} has {len(value)} entries for {self.num_hidden_layers} layers")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"config.num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise UserError("config.layer_types has sliding_attention, but config.sliding_window is not set")
+        for field in ("skip_taps", "conv_kernel"):
+            if getattr(self, field) < 0:
+                raise UserError(f"config.{field} is {getattr(self, field)}; allowed: 0 (off) or more")
+
+    @property
+    def num_state_heads(self) -> int:
+        """How many delta-rule states a linear layer keeps."""
+        return self.num_key_value_heads if self.state_heads == "shared" else self.num_attention_heads

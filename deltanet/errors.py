@@ -1,0 +1,30 @@
+"""The errors every command turns into one clean line and an exit code.
+
+Exit codes: 0 done, 1 failure, 2 the user's input is wrong, 75 interrupted with everything saved, 130 Ctrl-C.
+"""
+
+
+class DeltanetError(Exception):
+    """A failure whose message is complete without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(DeltanetError, ValueError):
+    """Wrong input: the message names the thing, the value, where it came from and what is allowed."""
+
+    exit_code = 2
+
+
+class Interrupted(DeltanetError):
+    """Stopped from outside with a complete checkpoint on disk."""
+
+    exit_code = 75
+
+
+def nearest(value: str, allowed: list[str]) -> str:
+    """``" (did you mean 'x'?)"`` when a close spelling is allowed, else an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(value, allowed, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
