@@ -1,0 +1,125 @@
+"""The commands. Each parses its arguments and calls one function; nothing heavy is imported before that.
+
+Exit codes: 0 done, 1 failure, 2 wrong input, 75 interrupted with everything saved, 130 Ctrl-C.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+
+def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=command,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions that matter and exit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, *_):
+        from importlib.metadata import PackageNotFoundError, version
+
+        print(f"{parser.prog} {version('deltanet')}")
+        for package in ("torch", "triton", "transformers", "deepspeed"):
+            try:
+                print(f"  {package} {version(package)}")
+            except PackageNotFoundError:
+                print(f"  {package} not installed")
+        parser.exit()
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, call: Callable) -> int:
+    """Parses, calls, and turns errors into one line on stderr and an exit code."""
+    arguments = parser.parse_args(argv)
+    try:
+        call(arguments)
+        return 0
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        from deltanet.errors import DeltanetError
+
+        if arguments.debug:
+            raise
+        if not isinstance(error, DeltanetError):
+            print(f"{parser.prog}: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+            return 1
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "deltanet-convert",
+        "Turn a pretrained transformer into a student whose layers run on the delta rule.",
+        "examples:\n"
+        "  deltanet-convert demo -o student\n"
+        "  deltanet-convert llama-1b --hybrid global2 -o student\n"
+        "  deltanet-convert ./my-model --hybrid every:4 --calibrate text.jsonl -o student",
+    )
+    return parser
+
+
+def convert_main(argv: Sequence[str] | None = None) -> int:
+    def call(arguments: argparse.Namespace) -> None:
+        raise NotImplementedError
+
+    return _run(convert_parser(), argv, call)
+
+
+def generate_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "deltanet-generate",
+        "Let a student (or a teacher) continue a prompt; the text streams to standard output.",
+        "examples:\n"
+        '  deltanet-generate student "Once upon a time"\n'
+        '  deltanet-generate student --chat "What is the capital of France?"\n'
+        "  echo 'Once upon' | deltanet-generate student -",
+    )
+    parser.add_argument("model", help="checkpoint folder")
+    parser.add_argument("prompt", help="the text to continue; - reads standard input")
+    parser.add_argument("--chat", action="store_true", help="treat the prompt as a question in the model's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most N tokens (default: 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the top mass P (default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest; 0 is off (default: 0)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)")
+    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search (does not stream; default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
+    return parser
+
+
+def generate_main(argv: Sequence[str] | None = None) -> int:
+    def call(arguments: argparse.Namespace) -> None:
+        from deltanet.generate import generate
+
+        options = {key: value for key, value in vars(arguments).items() if key != "debug"}
+        generate(**options)
+
+    return _run(generate_parser(), argv, call)
+
+
+def distill_parser() -> argparse.ArgumentParser:
+    return _parser(
+        "deltanet-distill",
+        "Distil a student against its teacher, as a recipe says.",
+        "example:\n  deltanet-distill recipes/quickstart.yaml",
+    )
+
+
+def distill_main(argv: Sequence[str] | None = None) -> int:
+    def call(arguments: argparse.Namespace) -> None:
+        raise NotImplementedError
+
+    return _run(distill_parser(), argv, call)

@@ -1,0 +1,243 @@
+"""DeltaMixer, the layer that stands where softmax attention stood.
+
+    q, k, v = projections of x as the teacher's (biases, q/k-norm, RoPE), then q and k of unit length
+    beta = beta_max * sigmoid(b(x))       g = -softplus(a(x))  (`gated_delta`; 0 for `delta`)
+    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T            z_t = S_t^T q_t
+    y_t = W_o [ read_h(x_t) z_t  +  sum_j skip_{h,j}(x_t) v_{t-j} ] + bias
+
+`read` and `skip` are one scalar per query head (and tap), linear in x, 1 and 0 in a plain copy. Query head h of
+key/value head h // group reads state h // group (`shared`) or h (`expanded`). The operation is `deltanet.ops`.
+
+Shapes: B batch, T tokens, D hidden size, HQ query heads, KV key/value heads, hd head size, J taps.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from .config import DeltaNetConfig
+from .history import History
+from .ops import delta_rule, delta_rule_step_
+
+PLAIN_HALF_LIFE = 16
+"""Tokens after which an uncalibrated gated layer has forgotten half. On real teachers a plain copy that forgets
+starts 5 to 20 times closer than one that does not (measured: docs/results/calibration.md)."""
+LONGEST_STEP = 16
+
+
+class Convolution(nn.Module):
+    """A causal depthwise convolution over tokens, the identity at the start; weight (channels, kernel)."""
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, kernel))
+
+    def forward(self, history: History, channels: slice) -> torch.Tensor:
+        kernel = self.weight.shape[1]
+        return sum(history.back(j)[..., channels] * self.weight[:, kernel - 1 - j] for j in range(kernel))
+
+
+class DeltaMixer(nn.Module):
+    def __init__(self, config: DeltaNetConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.group = self.num_heads // self.num_kv_heads
+        hidden, state_heads = config.hidden_size, config.num_state_heads
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, hidden, bias=config.o_bias or config.mixer_bias)
+        if config.qk_norm == "head":
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.b_proj = nn.Linear(hidden, state_heads)
+        if config.mixer == "gated_delta":
+            self.a_proj = nn.Linear(hidden, state_heads)
+        if config.read_gate:
+            self.read_proj = nn.Linear(hidden, self.num_heads)
+        if config.skip_taps:
+            self.skip_proj = nn.Linear(hidden, self.num_heads * config.skip_taps)
+        if config.conv_kernel:
+            self.q_conv = Convolution(width, config.conv_kernel)
+            self.k_conv = Convolution(kv_width, config.conv_kernel)
+            self.v_conv = Convolution(kv_width, config.conv_kernel)
+        if config.output_gate:
+            self.g_proj = nn.Linear(hidden, width, bias=False)
+        if config.head_norm:
+            self.head_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.conv_reach = max(config.conv_kernel - 1, 0)
+        self.skip_reach = max(config.skip_taps - 1, 0)
+
+    @torch.no_grad()
+    def reset_to_plain_copy(self) -> None:
+        """Puts every parameter that no teacher has at its neutral value."""
+        modules = dict(self.named_children())
+        for name in ("b_proj", "a_proj", "read_proj", "skip_proj", "g_proj"):
+            if name in modules:
+                modules[name].weight.zero_()
+                if modules[name].bias is not None:
+                    modules[name].bias.zero_()
+        if "a_proj" in modules:
+            self.a_proj.bias.fill_(math.log(math.expm1(math.log(2) / PLAIN_HALF_LIFE)))
+        if "read_proj" in modules:
+            self.read_proj.bias.fill_(1.0)
+        if self.config.mixer_bias and not self.config.o_bias:
+            self.o_proj.bias.zero_()
+        for name in ("q_conv", "k_conv", "v_conv"):
+            if name in modules:
+                modules[name].weight.zero_()
+                modules[name].weight[:, -1] = 1.0
+        if "head_norm" in modules:
+            self.head_norm.weight.fill_(1.0)
+
+    def project(
+        self,
+        x: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        past: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x (B, T, D) -> q (B, T, HQ, hd), k, v (B, T, KV, hd), not yet of unit length, and the convolution's
+        new memory (N, channels, conv_kernel - 1) or None. `past` is its old memory."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        memory = None
+        if self.config.conv_kernel:
+            history = History(torch.cat([q, k, v], -1), self.conv_reach, past, cu_seqlens)
+            memory = history.latest()
+            first, second = q.shape[-1], q.shape[-1] + k.shape[-1]
+            q = self.q_conv(history, slice(0, first))
+            k = self.k_conv(history, slice(first, second))
+            v = self.v_conv(history, slice(second, None))
+        q, k, v = (y.view(*y.shape[:2], -1, self.head_dim) for y in (q, k, v))
+        if self.config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        return q, k, v, memory
+
+    def strengths(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """beta and log decay g of every state head, (B, T, state heads) in float32; g is None without a gate."""
+        beta = self.config.beta_max * torch.sigmoid(self.b_proj(x).float())
+        g = -F.softplus(self.a_proj(x).float()) if self.config.mixer == "gated_delta" else None
+        return beta, g
+
+    def expand(self, y: torch.Tensor) -> torch.Tensor:
+        """(B, T, KV, hd) -> one row per state head: head h gets key/value head h // group."""
+        return y.repeat_interleave(self.group, dim=2) if self.config.state_heads == "expanded" else y
+
+    def read(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        beta: torch.Tensor,
+        g: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None = None,
+        state: torch.Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """z (B, T, HQ, hd), what the query heads read from the states, and the final state if asked for."""
+        return delta_rule(
+            q,
+            self.expand(k),
+            self.expand(v),
+            beta,
+            g=g,
+            scale=1.0,
+            initial_state=state,
+            output_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+            normalize_qk=True,
+        )
+
+    def combine(self, x: torch.Tensor, z: torch.Tensor, skipped: History) -> torch.Tensor:
+        """What o_proj multiplies, (B, T, HQ * hd), from x (B, T, D), z (B, T, HQ, hd) and the history of v."""
+        batch, tokens = x.shape[:2]
+        o = z
+        if self.config.read_gate:
+            o = o * self.read_proj(x)[..., None]
+        if self.config.skip_taps:
+            taps = self.skip_proj(x).view(batch, tokens, self.num_kv_heads, self.group, -1)
+            o = o.reshape(batch, tokens, self.num_kv_heads, self.group, self.head_dim)
+            for j in range(self.config.skip_taps):
+                v_j = skipped.back(j).view(batch, tokens, self.num_kv_heads, 1, self.head_dim)
+                o = o + taps[..., j, None] * v_j
+            o = o.reshape(batch, tokens, self.num_heads, self.head_dim)
+        if self.config.head_norm:
+            o = self.head_norm(o)
+        o = o.reshape(batch, tokens, -1)
+        if self.config.output_gate:
+            o = o * (2 * torch.sigmoid(self.g_proj(x)))
+        return o
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache=None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states (B, T, D); attention_mask (B, T), 0 where a token is padding and must leave no trace.
+
+        Padded rows are run as packed documents, so padding anywhere is an exact no-op.
+        """
+        if attention_mask is None:
+            return self._mix(hidden_states, position_embeddings, cache, cu_seqlens), None
+        batch, tokens, width = hidden_states.shape
+        real = attention_mask.bool().flatten()
+        kept = real.nonzero().squeeze(1)
+        lengths = attention_mask.bool().sum(1)
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        if position_embeddings is not None:
+            position_embeddings = tuple(
+                p.expand(batch, -1, -1).reshape(1, batch * tokens, -1)[:, kept] for p in position_embeddings
+            )
+        packed = self._mix(
+            hidden_states.reshape(1, batch * tokens, width)[:, kept], position_embeddings, cache, cu_seqlens
+        )
+        out = hidden_states.new_zeros(batch * tokens, width, dtype=packed.dtype)
+        return out.index_copy(0, kept, packed[0]).view(batch, tokens, width), None
+
+    def _mix(self, x, position_embeddings, cache, cu_seqlens) -> torch.Tensor:
+        layer = cache.layers[self.layer_idx] if cache is not None else None
+        memory = layer.conv_states[0] if layer is not None else None
+        state = layer.recurrent_states[0] if layer is not None else None
+        # One tensor holds both memories, the convolution's inputs and the taps' values, each right-aligned.
+        conv_past = skip_past = None
+        if memory is not None:
+            conv_channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.conv_reach else 0
+            conv_past = memory[:, :conv_channels, memory.shape[2] - self.conv_reach :] if self.conv_reach else None
+            skip_past = memory[:, conv_channels:, memory.shape[2] - self.skip_reach :] if self.skip_reach else None
+        q, k, v, conv_memory = self.project(x, position_embeddings, conv_past, cu_seqlens)
+        skipped = History(v.flatten(2), self.skip_reach, skip_past, cu_seqlens)
+        beta, g = self.strengths(x)
+        in_place = state is not None and cu_seqlens is None and x.shape[1] <= LONGEST_STEP
+        if in_place and not torch.is_grad_enabled():
+            z = delta_rule_step_(q, self.expand(k), self.expand(v), beta, state, g=g, scale=1.0, normalize_qk=True)
+        else:
+            z, final = self.read(q, k, v, beta, g, cu_seqlens, state, return_state=layer is not None)
+            if layer is not None:
+                self._store(layer, "recurrent_states", final)
+        if layer is not None:
+            skip_memory = skipped.latest() if self.skip_reach else None
+            memories = [m for m in (conv_memory if self.conv_reach else None, skip_memory) if m is not None]
+            if memories:
+                reach = max(m.shape[2] for m in memories)
+                self._store(layer, "conv_states", torch.cat([F.pad(m, (reach - m.shape[2], 0)) for m in memories], 1))
+            layer.has_previous_state[0] = True
+            layer.device = x.device
+        return self.o_proj(self.combine(x, z.to(x.dtype), skipped))
+
+    @staticmethod
+    def _store(layer, kind: str, value: torch.Tensor) -> None:
+        """Copies into the cache's own tensor, whose address stays the same (CUDA graphs rely on it)."""
+        if getattr(layer, kind)[0] is None:
+            layer.lazy_initialization(**{kind: value})
+        getattr(layer, kind)[0].copy_(value)

@@ -1,0 +1,315 @@
+"""The decoder of teachers and students: Attention or DeltaMixer in every block, by `config.layer_types`.
+
+One class serves the whole Llama family; what differs is flags of the configuration. Norms, MLP, RoPE, masks and caches
+are transformers' own. Read `mixer.py` for the linear layer. Twin tests: tests/deltanet/test_modeling*.py.
+"""
+
+import inspect
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .config import DeltaNetConfig
+from .errors import UserError
+from .mixer import Convolution, DeltaMixer
+
+# transformers 5.24 renamed the argument and the output field from `past_key_values` to `cache`.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+class Attention(nn.Module):
+    """Softmax attention, full or in a sliding window, with grouped key/value heads."""
+
+    def __init__(self, config: DeltaNetConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling, self.is_causal = self.head_dim**-0.5, True
+        self.sliding_window = (
+            config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        )
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm == "head":
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = hidden_states.shape[:-1]
+        q, k, v = (
+            projection(hidden_states).view(*shape, -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(out.reshape(*shape, -1).contiguous()), weights
+
+
+class Block(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DeltaNetConfig, layer_idx: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        mixer = DeltaMixer if self.layer_type == "linear_attention" else Attention
+        self.self_attn = mixer(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        mixed, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DeltaNetPreTrainedModel(PreTrainedModel):
+    config: DeltaNetConfig
+    config_class = DeltaNetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DeltaMixer):
+            module.reset_to_plain_copy()
+        elif isinstance(module, Convolution):
+            init.zeros_(module.weight)
+            init.ones_(module.weight[:, -1])
+
+    @classmethod
+    def from_pretrained(cls, path, *args, **kwargs):
+        """As transformers' own, but strict: a missing, unexpected or wrongly shaped tensor is a UserError."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        problems = [
+            f"{what}: {', '.join(map(str, sorted(info[key])[:5]))}{' ...' if len(info[key]) > 5 else ''}"
+            for key, what in (
+                ("missing_keys", "missing"),
+                ("unexpected_keys", "unexpected"),
+                ("mismatched_keys", "wrong shape"),
+            )
+            if info.get(key)
+        ]
+        if problems:
+            raise UserError(f"{path}: the weights do not fit the configuration: {'; '.join(problems)}")
+        return (model, info) if wants_info else model
+
+
+class DeltaNetModel(DeltaNetPreTrainedModel):
+    def __init__(self, config: DeltaNetConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, T) or inputs_embeds (B, T, D); attention_mask (B, past + T) with 0 at padding.
+
+        cu_seqlens (N + 1,) int32: B = 1 holds N packed documents, which do not see each other.
+        cache and past_key_values are two names of the same argument.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        cache = past_key_values if cache is None else cache
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, tokens = inputs_embeds.shape[:2]
+        if cu_seqlens is not None and (batch != 1 or cache is not None or attention_mask is not None):
+            raise ValueError("cu_seqlens needs batch 1, no cache and no attention_mask")
+        use_cache = use_cache and cu_seqlens is None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self._positions(batch, tokens, attention_mask, cache, cu_seqlens, inputs_embeds.device)
+        if cache is not None:
+            # A cache of linear layers alone cannot tell its length.
+            cache.seen_tokens = getattr(cache, "seen_tokens", 0) + tokens
+
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = self._masks(inputs_embeds, attention_mask, position_ids, cache, cu_seqlens)
+        hidden_states = inputs_embeds
+        rotations = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for index, block in enumerate(self.layers):
+            rotated = self.config.rope_layers is None or self.config.rope_layers[index]
+            hidden_states = block(
+                hidden_states,
+                position_embeddings=rotations if rotated else None,
+                attention_mask=masks[block.layer_type],
+                cache=cache,
+                cu_seqlens=cu_seqlens,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+
+    @staticmethod
+    def _positions(batch, tokens, attention_mask, cache, cu_seqlens, device) -> torch.Tensor:
+        """(1 or B, T): counts real tokens, restarts at each packed document, goes on where the cache ends."""
+        if cu_seqlens is not None:
+            token = torch.arange(tokens, device=device)
+            document = torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)
+            return (token - cu_seqlens[document]).unsqueeze(0)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        return torch.arange(tokens, device=device).unsqueeze(0) + getattr(cache, "seen_tokens", 0)
+
+    def _masks(self, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens) -> dict:
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            CACHE: cache,
+        }
+        packed = {}
+        if cu_seqlens is not None:
+            token = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            document = torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)
+            packed["and_mask_function"] = packed_sequence_mask_function(document.unsqueeze(0))
+        makers = {
+            "full_attention": lambda: create_causal_mask(**arguments, **packed),
+            "sliding_attention": lambda: create_sliding_window_causal_mask(**arguments, **packed),
+            "linear_attention": lambda: create_recurrent_attention_mask(**arguments),
+        }
+        return {kind: makers[kind]() for kind in set(self.config.layer_types)}
+
+
+class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DeltaNetConfig):
+        super().__init__(config)
+        self.model = DeltaNetModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cu_seqlens: torch.Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As `DeltaNetModel.forward`; labels (B, T) with -100 where nothing is to be learnt; logits (B, T, vocabulary).
+        Of packed documents the first token of each is never a target."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache if cache is not None else past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            if cu_seqlens is not None:
+                starts = cu_seqlens[:-1][cu_seqlens[:-1] < cu_seqlens[1:]].long()
+                labels = labels.index_fill(1, starts, -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+        )
+
+
+def load_student(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
+    """The model in folder `path`, in its own dtype unless one is given, in evaluation mode.
+
+    Raises UserError where the folder is not a deltanet checkpoint or its tensors do not fit the configuration.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: not a checkpoint folder (no config.json)")
+    model = DeltaNetForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+    return model.to(device).eval()
