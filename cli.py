@@ -87,13 +87,21 @@ def generate_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("prompt", help="the text to continue; - reads standard input")
-    parser.add_argument("--chat", action="store_true", help="treat the prompt as a question in the model's chat template")
+    parser.add_argument(
+        "--chat", action="store_true", help="treat the prompt as a question in the model's chat template"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most N tokens (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the top mass P (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest; 0 is off (default: 0)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)")
-    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search (does not stream; default: 1)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest; 0 is off (default: 0)"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)"
+    )
+    parser.add_argument(
+        "--num-beams", type=int, default=1, metavar="N", help="beam search (does not stream; default: 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")

@@ -92,7 +92,10 @@ def generate(
             start = language_model.config.bos_token_id
             if start is None:
                 raise UserError("the prompt is empty, and the model has no token to begin with")
-            inputs = {"input_ids": torch.tensor([[start]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
+            inputs = {
+                "input_ids": torch.tensor([[start]]),
+                "attention_mask": torch.ones(1, 1, dtype=torch.long),
+            }
     inputs = {key: value.to(where) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True) if num_beams == 1 else None

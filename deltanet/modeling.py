@@ -5,17 +5,16 @@ are transformers' own. Read `mixer.py` for the linear layer. Twin tests: tests/d
 """
 
 import inspect
+import types
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.masking_utils import (
     create_causal_mask,
     create_recurrent_attention_mask,
     create_sliding_window_causal_mask,
-    packed_sequence_mask_function,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -33,10 +32,21 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .config import DeltaNetConfig
 from .errors import UserError
-from .mixer import Convolution, DeltaMixer
+from .mixer import Convolution, DeltaMixer, Neutral
 
 # transformers 5.24 renamed the argument and the output field from `past_key_values` to `cache`.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def _seen_tokens(cache, layer_idx: int = 0) -> int:
+    return getattr(cache, "seen_tokens", 0)
+
+
+def _teach_length(cache) -> None:
+    """Lets a cache of linear layers alone answer `get_seq_length`: transformers asks for it, and only layers with
+    keys can tell. `DeltaNetModel.forward` counts. A bound method, so that deep copies of the cache count their own."""
+    if not any(hasattr(layer, "keys") for layer in cache.layers):
+        cache.get_seq_length = types.MethodType(_seen_tokens, cache)
 
 
 class Attention(nn.Module):
@@ -47,10 +57,11 @@ class Attention(nn.Module):
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling, self.is_causal = self.head_dim**-0.5, True
-        self.sliding_window = (
-            config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        width, kv_width = (
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
         )
-        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
@@ -128,17 +139,16 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, DeltaMixer):
-            module.reset_to_plain_copy()
-        elif isinstance(module, Convolution):
-            init.zeros_(module.weight)
-            init.ones_(module.weight[:, -1])
+        if isinstance(module, (Neutral, Convolution)):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs):
         """As transformers' own, but strict: a missing, unexpected or wrongly shaped tensor is a UserError."""
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # so that they reach `info`, and the message below
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         problems = [
             f"{what}: {', '.join(map(str, sorted(info[key])[:5]))}{' ...' if len(info[key]) > 5 else ''}"
@@ -197,12 +207,12 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         if position_ids is None:
             position_ids = self._positions(batch, tokens, attention_mask, cache, cu_seqlens, inputs_embeds.device)
         if cache is not None:
-            # A cache of linear layers alone cannot tell its length.
-            cache.seen_tokens = getattr(cache, "seen_tokens", 0) + tokens
+            _teach_length(cache)
+            cache.seen_tokens = _seen_tokens(cache) + tokens
 
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = self._masks(inputs_embeds, attention_mask, position_ids, cache, cu_seqlens)
+            masks = self._masks(inputs_embeds, attention_mask, position_ids, cache)
         hidden_states = inputs_embeds
         rotations = self.rotary_emb(hidden_states, position_ids=position_ids)
         for index, block in enumerate(self.layers):
@@ -226,9 +236,10 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             return (token - cu_seqlens[document]).unsqueeze(0)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-        return torch.arange(tokens, device=device).unsqueeze(0) + getattr(cache, "seen_tokens", 0)
+        return torch.arange(tokens, device=device).unsqueeze(0) + _seen_tokens(cache)
 
-    def _masks(self, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens) -> dict:
+    def _masks(self, inputs_embeds, attention_mask, position_ids, cache) -> dict:
+        """One mask per kind of layer. transformers tells packed documents by positions that restart."""
         arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
@@ -236,14 +247,9 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             "position_ids": position_ids,
             CACHE: cache,
         }
-        packed = {}
-        if cu_seqlens is not None:
-            token = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-            document = torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)
-            packed["and_mask_function"] = packed_sequence_mask_function(document.unsqueeze(0))
         makers = {
-            "full_attention": lambda: create_causal_mask(**arguments, **packed),
-            "sliding_attention": lambda: create_sliding_window_causal_mask(**arguments, **packed),
+            "full_attention": lambda: create_causal_mask(**arguments),
+            "sliding_attention": lambda: create_sliding_window_causal_mask(**arguments),
             "linear_attention": lambda: create_recurrent_attention_mask(**arguments),
         }
         return {kind: makers[kind]() for kind in set(self.config.layer_types)}
@@ -258,6 +264,21 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get(CACHE) is not None:
+            _teach_length(model_kwargs[CACHE])
+        return prepared
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        """Of a whole conversation given again with its cache, only what the cache has not seen is run.
+        transformers does so itself, but not for a cache of linear layers alone."""
+        seen, mask = _seen_tokens(kwargs.get(CACHE)), kwargs.get("attention_mask")
+        whole = mask is None or (isinstance(mask, torch.Tensor) and mask.shape[1] == input_ids.shape[1])
+        if next_sequence_length is None and whole and 0 < seen < input_ids.shape[1]:
+            next_sequence_length = input_ids.shape[1] - seen
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -299,7 +320,7 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: outputs.get(CACHE)},
         )
 
 

@@ -1,0 +1,104 @@
+"""A forward with a cache is the same function as one without: however the prompt is cut, padded or forked."""
+
+import copy
+
+import pytest
+import torch
+from tiny import LAYOUTS, tiny_model, tokens
+
+from deltanet.modeling import CACHE
+
+VARIANTS = {
+    "plain": {},
+    "shared": {"state_heads": "shared"},
+    "delta": {"mixer": "delta", "beta_max": 2.0},
+    "conv": {"conv_kernel": 3, "output_gate": True, "head_norm": True},
+    "conv-longer-than-taps": {"conv_kernel": 4, "skip_taps": 2},
+    "bare": {"skip_taps": 0, "read_gate": False, "mixer_bias": False},
+    "one-tap": {"skip_taps": 1},
+    "qwen3-like": {"qk_norm": "head", "qkv_bias": True},
+}
+EXACT = 1e-5  # float32 logits of order 1 to 10
+
+
+def run(model, ids, cache=None, **kwargs):
+    out = model(ids, **{CACHE: cache}, use_cache=True, **kwargs)
+    return out.logits, out[CACHE]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_every_split_of_a_prompt_equals_the_whole(layout, variant):
+    if layout != "global" and variant not in ("plain", "conv"):
+        pytest.skip("the mixer does not see the other layers' kind")
+    model, ids = tiny_model(layout, **VARIANTS[variant]), tokens(2, 33)
+    whole = model(ids, use_cache=False).logits
+    for split in range(1, 33):
+        first, cache = run(model, ids[:, :split])
+        second, _ = run(model, ids[:, split:], cache)
+        assert (torch.cat([first, second], 1) - whole).abs().max() < EXACT, f"split at {split}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_blocks_of_20_3_1_7_then_single_tokens_equal_the_whole(layout):
+    model, ids = tiny_model(layout), tokens(1, 41)
+    whole, parts, cache, start = model(ids, use_cache=False).logits, [], None, 0
+    for size in (20, 3, 1, 7, *[1] * 10):
+        logits, cache = run(model, ids[:, start : start + size], cache)
+        parts.append(logits)
+        start += size
+    assert (torch.cat(parts, 1) - whole).abs().max() < EXACT
+
+
+@torch.no_grad()
+def test_a_copied_cache_continues_without_touching_its_sibling():
+    model, ids = tiny_model(), tokens(1, 12)
+    suffixes = tokens(1, 5, seed=5), tokens(1, 5, seed=6)
+    _, cache = run(model, ids)
+    caches = [copy.deepcopy(cache), cache]
+    continued = [run(model, suffix, c)[0] for suffix, c in zip(suffixes, caches)]
+    for suffix, logits in zip(suffixes, continued):
+        whole = model(torch.cat([ids, suffix], 1)).logits[:, 12:]
+        assert (logits - whole).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
+@torch.no_grad()
+def test_padding_is_a_no_op_for_logits_and_for_what_follows(layout, side):
+    # transformers' sliding windows count columns, padding included: inside padding, keep it within one window.
+    window = {"sliding_window": 16} if (layout, side) == ("swa", "inside") else {}
+    model = tiny_model(layout, conv_kernel=3, **window)
+    lengths, width = (3, 9, 1, 7), 9
+    rows = [tokens(1, n, seed=n) for n in lengths]
+    next_ids = tokens(len(rows), 1, seed=77)
+    ids, mask = torch.full((len(rows), width), 5), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        n = row.shape[1]
+        columns = {
+            "left": range(width - n, width),
+            "right": range(n),
+            "inside": sorted(sorted(range(width), key=lambda column: column % 2)[:n]),
+        }[side]
+        ids[i, columns], mask[i, columns] = row[0], 1
+    logits, cache = run(model, ids, attention_mask=mask)
+    after, _ = run(model, next_ids, cache, attention_mask=torch.cat([mask, torch.ones_like(next_ids)], 1))
+    for i, row in enumerate(rows):
+        alone = model(torch.cat([row, next_ids[i : i + 1]], 1), use_cache=False).logits[0]
+        assert (logits[i][mask[i].bool()] - alone[:-1]).abs().max() < EXACT
+        if layout != "swa" or side != "right":  # the rolled window holds columns, padding included
+            assert (after[i, 0] - alone[-1]).abs().max() < EXACT
+
+
+@torch.no_grad()
+def test_padding_leaves_no_trace_in_the_state():
+    model, row = tiny_model("none"), tokens(1, 7)
+    _, alone = run(model, row)
+    padded = torch.cat([torch.full((1, 4), 9), row], 1)
+    mask = torch.tensor([[0] * 4 + [1] * 7])
+    _, cache = run(model, padded, attention_mask=mask)
+    for a, b in zip(alone.layers, cache.layers):
+        assert (a.recurrent_states[0] - b.recurrent_states[0]).abs().max() < 1e-6
+        assert (a.conv_states[0] - b.conv_states[0]).abs().max() < 1e-6
