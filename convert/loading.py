@@ -1,0 +1,69 @@
+"""A teacher or a fresh student in memory, for calibration, distillation and measurement.
+
+`load_teacher` reads any convertible checkpoint folder as our own decoder with every layer as the teacher has it;
+`student_from_teacher` makes the neutral student of the same weights. Both carry out a plan (`plan.py`) in memory.
+"""
+
+from pathlib import Path
+
+import torch
+
+from deltanet import DeltaNetConfig, DeltaNetForCausalLM
+from deltanet.errors import UserError
+
+from .checkpoint import open_checkpoint
+from .families import teacher_config
+from .layouts import LINEAR
+from .plan import make_plan, new_tensors, teacher_tensors
+
+
+def load_teacher(
+    folder: str | Path, dtype: torch.dtype | None = None, *, allow_pickle: bool = False
+) -> DeltaNetForCausalLM:
+    """The teacher in `folder` (safetensors and config.json of a supported family), in evaluation mode on the CPU.
+
+    dtype None keeps the checkpoint's main dtype. Strict: raises UserError for a missing, extra or wrongly shaped
+    tensor, an index that does not fit its shards, or a family that is not supported.
+    """
+    folder = Path(folder)
+    checkpoint = open_checkpoint(folder, allow_pickle)
+    plan = make_plan(checkpoint, teacher_config(folder))
+    dtype = dtype or plan.config.dtype
+    weights = {move.target: checkpoint.load(move.source).to(dtype) for move in plan.moves}
+    return _build(plan.config, weights, dtype)
+
+
+def student_from_teacher(
+    teacher: DeltaNetForCausalLM, config: DeltaNetConfig, *, share: bool = False
+) -> DeltaNetForCausalLM:
+    """The plain-copy student: the teacher's tensors under the same names, new tensors at their neutral values.
+
+    `config` is the student's (`plan.student_config`). share=True shares the storage of every teacher tensor, so the
+    student must not be trained or refitted in place; otherwise they are copies. The teacher is not changed.
+    Raises UserError where the two configurations do not describe the same tensors.
+    """
+    source = dict(teacher.state_dict())
+    dtype = teacher.model.embed_tokens.weight.dtype
+    weights = {}
+    for name, shape in teacher_tensors(config).items():
+        if name not in source or tuple(source[name].shape) != shape:
+            raise UserError(f"the teacher has no {name} of shape {list(shape)}")
+        weights[name] = source[name] if share else source[name].clone()
+    for layer, kind in enumerate(config.layer_types):
+        if kind == LINEAR:
+            weights |= {move.target: move.value() for move in new_tensors(config, layer, dtype)}
+    return _build(config, weights, dtype).to(teacher.device)
+
+
+def _build(config: DeltaNetConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> DeltaNetForCausalLM:
+    """A model around these very tensors: nothing is initialised and then thrown away."""
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = DeltaNetForCausalLM(config)
+    if config.tie_word_embeddings:
+        weights = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    rotary = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = rotary.to(weights["model.embed_tokens.weight"].device)
+    return model.eval()
