@@ -66,12 +66,71 @@ def convert_parser() -> argparse.ArgumentParser:
         "  deltanet-convert llama-1b --hybrid global2 -o student\n"
         "  deltanet-convert ./my-model --hybrid every:4 --calibrate text.jsonl -o student",
     )
+    parser.add_argument("source", help="checkpoint folder, .gguf file, preset, Hub id (owner/name), or demo")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the student's folder; it must not exist")
+    parser.add_argument(
+        "--hybrid",
+        default="global2",
+        metavar="LAYOUT",
+        help="which layers keep attention, counted from 0: global2 (1 and N//2), swa[:WINDOW] (odd ones, sliding), "
+        "every:N (the last of each N), none, all, layers:1,5,9, or RANKING.json:COUNT (default: global2)",
+    )
+    parser.add_argument("--mixer", default="gated_delta", metavar="M", help="gated_delta (default) or delta")
+    parser.add_argument(
+        "--state-heads",
+        default="expanded",
+        metavar="S",
+        help="a state per query head (expanded, default) or per key/value head (shared)",
+    )
+    parser.add_argument(
+        "--skip-conv",
+        type=int,
+        default=4,
+        metavar="TAPS",
+        help="tokens of v that bypass the state; 0 is off (default: 4)",
+    )
+    parser.add_argument(
+        "--conv", type=int, default=0, metavar="K", help="convolution over q, k, v of K tokens; 0 is off (default: 0)"
+    )
+    parser.add_argument(
+        "--gate", default="read", metavar="G", help="on what is read: read (per head), output (per channel), both, none"
+    )
+    parser.add_argument("--beta-range", type=int, default=1, metavar="B", help="write strength up to 1 (default) or 2")
+    parser.add_argument("--dtype", default="auto", metavar="D", help="auto (the source's), float32, bfloat16, float16")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
+    parser.add_argument(
+        "--calibrate",
+        nargs="+",
+        default=["self"],
+        metavar="TEXT",
+        help="files (txt, json, jsonl, also .gz), self (the teacher writes, default) or none (plain copy)",
+    )
+    parser.add_argument("--held-out", metavar="TEXT", help="file to measure on (default: the last tenth of TEXT)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new student is complete")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pytorch_model.bin where there are no safetensors"
+    )
+    parser.add_argument("--presets", action=_Presets, nargs=0, help="print the presets and exit")
     return parser
+
+
+class _Presets(argparse.Action):
+    def __call__(self, parser, *_):
+        from convert.presets import table
+
+        print(table())
+        parser.exit()
 
 
 def convert_main(argv: Sequence[str] | None = None) -> int:
     def call(arguments: argparse.Namespace) -> None:
-        raise NotImplementedError
+        from convert.command import run
+
+        run(arguments)
 
     return _run(convert_parser(), argv, call)
 

@@ -22,7 +22,7 @@ WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 READABLE = (*WEIGHT_DTYPES.values(), torch.float64)
 # Buffers that older checkpoints store and nobody reads.
 BUFFERS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.self_attn\.(masked_bias|bias)")
-NO_DECAY_BIAS = math.log(math.expm1(math.log(2) / PLAIN_HALF_LIFE))
+PLAIN_DECAY_BIAS = math.log(math.expm1(math.log(2) / PLAIN_HALF_LIFE))
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def new_tensors(config: DeltaNetConfig, layer: int, dtype: torch.dtype) -> list[
 
     add_linear("b_proj", states)
     if config.mixer == "gated_delta":
-        add_linear("a_proj", states, NO_DECAY_BIAS)
+        add_linear("a_proj", states, PLAIN_DECAY_BIAS)
     if config.read_gate:
         add_linear("read_proj", heads, 1.0)
     if config.skip_taps:

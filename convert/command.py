@@ -1,0 +1,233 @@
+"""`convert`: SOURCE to OUT. Opens the source, makes the plan, calibrates, and lets the executor write.
+
+Nothing is written before every check on the input has passed, and OUT appears in one rename at the end (`staging.py`).
+`run` is what the command line calls: it adds the printing.
+"""
+
+import errno
+import json
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltanet.config import MIXERS, STATE_HEADS, DeltaNetConfig
+from deltanet.errors import DeltanetError, UserError, nearest
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .execute import Written, execute, write_small
+from .families import teacher_config
+from .layouts import parse_layout
+from .plan import WEIGHT_DTYPES, Plan, make_plan, student_config
+from .progress import progress
+from .sources import COMPANIONS, Source, open_source
+from .staging import Staging, check_target
+
+GATES = {"read": (True, False), "output": (False, True), "both": (True, True), "none": (False, False)}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+MANIFEST, RECORD = "manifest.json", "conversion.json"
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    hybrid: str = "global2",
+    mixer: str = "gated_delta",
+    state_heads: str = "expanded",
+    skip_conv: int = 4,
+    conv: int = 0,
+    gate: str = "read",
+    beta_range: int = 1,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    calibrate: Sequence[str] = ("self",),
+    held_out: str | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    seed: int = 0,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> dict:
+    """Writes the student of `source` to the folder `output` and returns the report: source, output, layout, tensors,
+    closeness, seconds, peak_rss_mb, notes, and with dry_run the plan instead of an output.
+
+    `calibrate` is texts (files), `self`, or `none` for the plain copy. Raises UserError for every kind of wrong input,
+    in which case nothing is left at `output`.
+    """
+    start = time.monotonic()
+    out = Path(output)
+    options = {
+        "mixer": _one_of("--mixer", mixer, MIXERS),
+        "state_heads": _one_of("--state-heads", state_heads, STATE_HEADS),
+        "skip_taps": _at_least("--skip-conv", skip_conv, 0),
+        "conv_kernel": _at_least("--conv", conv, 0),
+        "beta_max": _one_of("--beta-range", beta_range, (1, 2)),
+    }
+    options["read_gate"], options["output_gate"] = GATES[_one_of("--gate", gate, tuple(GATES))]
+    target_dtype = WEIGHT_DTYPES.get(_one_of("--dtype", dtype, ("auto", *WEIGHT_DTYPES)))
+    limit = parse_size("--max-shard-size", max_shard_size)
+    check_target(out, overwrite)
+    with open_source(str(source), revision, allow_pickle) as opened:
+        check_target(out, True, opened.folder)
+        teacher = teacher_config(opened.folder)
+        layout = parse_layout(hybrid, teacher.layer_types, teacher.sliding_window)
+        checkpoint = open_checkpoint(opened.folder, allow_pickle)
+        plan = make_plan(checkpoint, student_config(teacher, layout, **options), target_dtype)
+        tokenizer = load_tokenizer(opened.folder)
+        if tokenizer is None:
+            plan.notes.append("the source has no tokenizer; the student has none either")
+        report = {
+            "source": opened.name,
+            "origin": opened.origin,
+            "revision": opened.revision,
+            "licence": opened.licence,
+            "output": str(out),
+            "layout": list(layout.layer_types),
+            "picture": layout.picture(),
+            "tensors": {"kept": plan.count("copy") + plan.count("cast"), "new": plan.count("new")},
+            "bytes": plan.num_bytes,
+            "dropped": plan.dropped,
+            "notes": plan.notes,
+        }
+        if dry_run:
+            report["plan"] = [
+                [move.source, move.describe(), move.target, list(move.shape), move.num_bytes] for move in plan.moves
+            ]
+            return _timed(report, start)
+        _refuse_full_disk(out, plan.num_bytes)
+        overrides = {}
+        report["closeness"] = None
+        if layout.linear and tuple(calibrate) != ("none",):
+            overrides, report["closeness"] = _calibrate(opened, plan.config, tokenizer, calibrate, held_out, seed)
+        try:
+            with Staging(out, overwrite) as staging:
+                with progress("writing", plan.num_bytes / 1e6, "MB") as advance:
+                    written = execute(
+                        plan,
+                        checkpoint,
+                        staging.folder,
+                        max_shard_size=limit,
+                        overrides=overrides,
+                        advance=lambda num_bytes: advance(num_bytes / 1e6),
+                    )
+                report["tensors"] = {
+                    "kept": written.kept,
+                    "kept_identical": written.kept_identical,
+                    "refitted": written.refitted,
+                    "new": written.new,
+                }
+                _timed(report, start)
+                _write_companions(opened, plan, checkpoint, staging.folder, written, report)
+                staging.commit()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"-o {out}: the disk is full ({plan.num_bytes:,} bytes are needed)") from None
+            raise
+    return _timed(report, start)
+
+
+def run(arguments) -> None:
+    """The command line: converts, then prints the plan or a summary, or with --json the report as one object."""
+    options = {key: value for key, value in vars(arguments).items() if key not in ("debug", "json")}
+    report = convert(**options)
+    if arguments.json:
+        print(json.dumps(report))
+        return
+    for note in report["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    print(describe(report))
+
+
+def describe(report: dict) -> str:
+    """The report as text for people."""
+    tensors = report["tensors"]
+    lines = [f"layers   {report['picture']}"]
+    if "plan" in report:
+        width = max(len(target) for _, _, target, _, _ in report["plan"])
+        for source, operation, target, shape, num_bytes in report["plan"]:
+            size = "x".join(map(str, shape))
+            same = "" if source in (None, target) else f"  from {source}"
+            lines.append(f"{target:<{width}}  {size:>14}  {num_bytes:>13,} B  {operation}{same}")
+        lines += [f"{name}  dropped: {reason}" for name, reason in report["dropped"].items()]
+        lines.append(
+            f"{tensors['kept']} tensors kept, {tensors['new']} new, {report['bytes']:,} bytes; nothing written"
+        )
+        return "\n".join(lines)
+    kept = f"{tensors['kept']} kept ({tensors['kept_identical']} byte-identical)"
+    refitted = f", {tensors['refitted']} refitted" if tensors["refitted"] else ""
+    lines.append(f"tensors  {kept}{refitted}, {tensors['new']} new, {report['bytes']:,} bytes")
+    lines += [f"dropped  {name}: {reason}" for name, reason in report["dropped"].items()]
+    lines.append(f"took     {report['seconds']:.1f} s, peak memory {report['peak_rss_mb']:,.0f} MB")
+    lines.append(f"student  {report['output']}")
+    return "\n".join(lines)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a checkpoint folder, or None where it has no tokenizer files. Raises UserError if unreadable."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raise many kinds; each means the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder}: unreadable tokenizer: {reason}") from None
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes of `5GB`, `500MB`, `2GiB` or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2].upper() not in UNITS or not float(match[1]):
+        raise UserError(f"{option} {text}: not a size; write it like 5GB, 500MB or 2GiB")
+    return max(int(float(match[1]) * UNITS[match[2].upper()]), 1)
+
+
+def _calibrate(opened: Source, config: DeltaNetConfig, tokenizer, texts, held_out, seed) -> tuple[dict, dict]:
+    raise DeltanetError("calibration is not available in this version; use --calibrate none")
+
+
+def _write_companions(
+    opened: Source, plan: Plan, checkpoint: Checkpoint, folder: Path, written: Written, report: dict
+) -> None:
+    """config.json, the source's tokenizer, templates and licences byte for byte, the record, and last the manifest."""
+    write_small(folder, "config.json", plan.config.to_json_string(use_diff=False), written)
+    for pattern in COMPANIONS:
+        for path in sorted(opened.folder.glob(pattern)):
+            if path.is_file():
+                write_small(folder, str(path.relative_to(opened.folder)), path.read_bytes(), written)
+    load_tokenizer(folder)
+    write_small(folder, RECORD, json.dumps(report, indent=2) + "\n", written)
+    files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.files.items())}
+    write_small(folder, MANIFEST, json.dumps({"format": 1, "files": files}, indent=2) + "\n", written)
+
+
+def _refuse_full_disk(out: Path, num_bytes: int) -> None:
+    parent = next(path for path in out.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise UserError(f"-o {out}: the disk is full: {num_bytes:,} bytes are needed, {free:,} are free in {parent}")
+
+
+def _one_of(option: str, value, allowed: tuple):
+    if value not in allowed:
+        names = [str(name) for name in allowed]
+        raise UserError(f"{option} {value}: allowed are {', '.join(names)}{nearest(str(value), names)}")
+    return value
+
+
+def _at_least(option: str, value: int, low: int) -> int:
+    if value < low:
+        raise UserError(f"{option} {value}: allowed is {low} (off) or more")
+    return value
+
+
+def _timed(report: dict, start: float) -> dict:
+    report["seconds"] = round(time.monotonic() - start, 3)
+    report["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    return report
