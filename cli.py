@@ -16,7 +16,9 @@ def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentPar
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions that matter and exit")
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the versions that matter and exit"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -114,7 +116,9 @@ def convert_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read pytorch_model.bin where there are no safetensors"
     )
-    parser.add_argument("--presets", action=_Presets, nargs=0, help="print the presets and exit")
+    parser.add_argument(
+        "--presets", action=_Presets, nargs=0, default=argparse.SUPPRESS, help="print the presets and exit"
+    )
     return parser
 
 
