@@ -1,0 +1,1 @@
+"""The recipes that people run, and the embedded demo teacher (`demo/`), shipped as package data."""
