@@ -1,0 +1,1 @@
+"""Student -> better student: recipes, data, losses, stages, and runs that can be stopped and resumed."""

@@ -1,0 +1,319 @@
+"""A thin layer over DeepSpeed: the same module, loss and optimizer at ZeRO 0, 1, 2 and 3, on one process or many.
+
+The optimizer is torch's AdamW, always given, never named in DeepSpeed's configuration (which would compile one).
+State goes in and out as *whole float32 tensors by parameter name*, so what is saved knows neither the ZeRO stage nor
+the number of processes, and comes back bit for bit. The loop that drives it is `loop.py`; tests: test_engine.py.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import nn
+
+from deltanet.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks, in float64; every rank gets the result."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value):
+        """The picklable `value` of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value):
+        """Rank 0's picklable `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+def start_world(timeout_minutes: float = 30.0) -> World:
+    """Joins the processes a launcher (torchrun, deepspeed) has started, or starts alone where none has.
+
+    CUDA with nccl where there is a device, else the CPU with gloo. On a CPU DeepSpeed would compile a shared-memory
+    collective at the first start (39 s, needs g++); it is switched off, gloo does the same.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = _deepspeed()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if has_cuda:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed(
+        "nccl" if has_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False
+    )
+    device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _deepspeed():
+    """DeepSpeed, imported at first use, quiet, and kept from compiling anything."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a stage is sharded. bf16 computes in bfloat16 over float32 master weights, at every ZeRO stage."""
+
+    zero_stage: int = 0
+    precision: str = "fp32"
+    gradient_clipping: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def __post_init__(self):
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise UserError(f"zero_stage is {self.zero_stage!r}; allowed: 0, 1, 2, 3")
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"precision is {self.precision!r}; allowed: fp32, bf16")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise UserError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise UserError(f"offload_parameters needs zero_stage 3, not {self.zero_stage}")
+
+    @property
+    def casts_parameters(self) -> bool:
+        """Whether the module's own parameters become bfloat16 (with float32 masters beside them)."""
+        return self.precision == "bf16" and self.zero_stage > 0
+
+    def deepspeed_config(self) -> dict:
+        """What DeepSpeed is told. This project owns the accumulation: `step` is the boundary."""
+        zero: dict = {"stage": self.zero_stage}
+        if self.zero_stage:
+            zero |= {"overlap_comm": False, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+        if self.zero_stage == 3:
+            zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_gather_16bit_weights_on_model_save": False}
+        if self.offload_optimizer:
+            zero |= {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
+        if self.offload_parameters:
+            zero |= {"offload_param": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "steps_per_print": None,
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        if self.zero_stage:
+            config["gradient_clipping"] = self.gradient_clipping
+        if self.casts_parameters:
+            config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        return config
+
+
+class _GuardedAdamW(torch.optim.AdamW):
+    """ZeRO 0's optimizer: clips, and leaves everything as it was where the gradient is not finite.
+    (From ZeRO 1 on DeepSpeed does both.) Gradients are the same on every rank, so all decide alike."""
+
+    def __init__(self, groups, clip: float, **options):
+        self.clip, self.overflow, self._global_grad_norm = clip, False, 0.0
+        super().__init__(groups, **options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"), error_if_nonfinite=False)
+        self._global_grad_norm = norm.item()
+        self.overflow = not torch.isfinite(norm).item()
+        if not self.overflow:
+            super().step()
+
+
+class Engine:
+    """A module whose forward returns a loss *sum*, its trainable groups, and their optimizer.
+
+    groups: dicts of `params`, `lr`, `weight_decay` (see trainable.py). Parameters outside the groups must not require
+    gradients; they are kept as given. The module must live on the CPU or on `world.device` in its master precision.
+    """
+
+    def __init__(self, module: nn.Module, groups: list[dict], settings: EngineSettings, world: World):
+        deepspeed = _deepspeed()
+        self.settings, self.world, self.module = settings, world, module
+        self.names = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        # A frozen tensor that bfloat16 would round is remembered as it came, so that it is saved as it came.
+        self.frozen = {
+            name: p.detach().to("cpu", copy=True)
+            for name, p in module.named_parameters()
+            if not p.requires_grad and settings.casts_parameters and p.dtype != torch.bfloat16
+        }
+        if settings.zero_stage:
+            optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
+        else:
+            optimizer = _GuardedAdamW(groups, settings.gradient_clipping, betas=settings.betas, eps=settings.eps)
+        masters = self.masters_of(module) if settings.casts_parameters else None
+        with contextlib.redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints memory figures
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=settings.deepspeed_config(), dist_init_required=False
+            )
+        self.optimizer = self.deepspeed.optimizer
+        self.steps = 0
+        if masters is not None:
+            self.load_masters(masters.__getitem__)
+
+    def masters_of(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        return {
+            n: p.detach().to("cpu", torch.float32, copy=True) for n, p in module.named_parameters() if n in self.names
+        }
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The optimizer's groups; set `lr` in them before a step."""
+        return self.optimizer.param_groups
+
+    def compute(self):
+        """The context a forward pass runs in."""
+        if self.settings.precision == "bf16" and not self.settings.casts_parameters:
+            return torch.autocast(self.world.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def forward(self, *args, **kwargs):
+        with self.compute():
+            return self.deepspeed(*args, **kwargs)
+
+    def backward(self, loss_sum: torch.Tensor, count: float) -> None:
+        """Accumulates the gradient of `loss_sum / count`, where count is the number of valid tokens of *all*
+        micro-batches of *all* ranks in this step: DeepSpeed averages over ranks, so the mean is undone.
+
+        A loss that is not finite makes the gradient NaN, so that every rank's step is skipped.
+        """
+        value = loss_sum.detach()
+        poison = 1 + (value - value)  # 1, or NaN where the loss is not finite; no waiting for the device
+        self.deepspeed.backward(loss_sum * poison * (self.world.size / count), scale_wrt_gas=False)
+
+    def step(self) -> tuple[bool, float]:
+        """Applies the update on all ranks, or on none where any gradient is not finite. Drops the gradients.
+
+        Returns whether it was applied, and the norm of the gradient before clipping.
+        """
+        self.deepspeed.step()
+        applied = not self.optimizer.overflow
+        self.steps += applied
+        norm = self.optimizer._global_grad_norm
+        return applied, float(norm) if applied else float("nan")
+
+    def full_tensors(self, key: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter (key None: float32 masters, and the frozen ones as they came) or every moment `key` of the
+        trained ones, whole, by name, one at a time. All ranks must iterate together."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if key is not None:
+            self._link_moments()
+        for name, parameter in self.module.named_parameters():
+            if name not in self.names:
+                if key is None:
+                    yield name, self._frozen(name, parameter)
+            elif self.settings.zero_stage == 0:
+                state = self.optimizer.state[parameter]
+                yield name, parameter.detach() if key is None else state.get(key, torch.zeros_like(parameter))
+            elif key is None:
+                yield name, safe_get_full_fp32_param(parameter)
+            else:
+                yield name, safe_get_full_optimizer_state(parameter, key)
+
+    def _link_moments(self) -> None:
+        """DeepSpeed 0.19 links moments to parameters once, after the first group's first update, when the later
+        groups have none yet: link again."""
+        if self.settings.zero_stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _frozen(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
+        if name in self.frozen:
+            return self.frozen[name]
+        if self.settings.zero_stage == 3:
+            with _deepspeed().zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
+        return parameter.detach()
+
+    def load_masters(self, get: Callable[[str], torch.Tensor]) -> None:
+        """Sets every trained parameter, master and working copy, from whole tensors by name."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.names.items():
+            value = get(name)
+            if self.settings.zero_stage == 0:
+                parameter.data.copy_(value)
+            else:
+                safe_set_full_fp32_param(parameter, value.to(self.world.device, torch.float32))
+        if self.settings.zero_stage == 3:
+            self.optimizer._partition_all_parameters()
+            for index in range(len(self.optimizer.fp16_groups)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            if self.optimizer.persistent_parameters:
+                self.optimizer.persistent_parameters[0].all_gather(self.optimizer.persistent_parameters)
+        elif self.settings.zero_stage:
+            self.optimizer.update_lp_params()
+
+    def load_moments(self, get: Callable[[str, str], torch.Tensor], steps: int) -> None:
+        """Sets the optimizer's state after `steps` applied updates from whole tensors, `get(name, moment)`."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self.steps = steps
+        inner = self.optimizer.optimizer if self.settings.zero_stage else self.optimizer
+        held = self.optimizer.fp32_partitioned_groups_flat if self.settings.zero_stage == 3 else None
+        if held is None:
+            held = [p for group in inner.param_groups for p in group["params"]]
+        for p in held:
+            inner.state[p] = {"step": torch.tensor(float(steps))} | {key: torch.zeros_like(p.data) for key in MOMENTS}
+        self._link_moments()
+        for name, parameter in self.names.items():
+            for key in MOMENTS:
+                value = get(name, key)
+                if self.settings.zero_stage == 0:
+                    inner.state[parameter][key].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value.to(self.world.device), key)
+
+    def close(self) -> None:
+        """Lets go of DeepSpeed's hooks and buffers; the module itself is not usable for training afterwards."""
+        self.deepspeed.destroy()

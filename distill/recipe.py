@@ -1,0 +1,367 @@
+"""A recipe from its YAML file and the command line's `key.path=value`, checked whole before anything runs.
+
+Every mistake is one line: file and line (or "command line"), key path, the value, what is allowed, the nearest
+spelling. Paths in a recipe are relative to the working directory; `{recipes}` stands for the folder of the shipped
+recipes. The keys are in `schema.py`. Twin: tests/distill/test_recipe.py.
+"""
+
+import copy
+import hashlib
+import json
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from deltanet.errors import UserError, nearest
+
+from .redact import looks_secret, mask, names_a_secret
+from .schema import DEFAULTS_OF, LOSSES_OF, READY, Recipe
+from .yaml_lines import KeyPath, dotted, read_yaml, write_yaml
+
+COMMAND_LINE = "command line"
+# What a run may change when it is resumed; every other key decides what is computed.
+FREE_KEYS = ("logging", "export", "evaluation", "training.commit_every_steps", "training.commit_every_seconds",
+             "training.keep_commits", "training.max_skipped_steps")  # fmt: skip
+# Keys of DeepSpeed's configuration that other keys of a recipe decide.
+_OWNED = {
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.batch_size and training.micro_batch_size",
+    "gradient_clipping": "stages.N.clip",
+    "optimizer": "stages.N.lr, weight_decay and adam_betas",
+    "scheduler": "stages.N.schedule",
+    "bf16": "training.dtype",
+    "fp16": "training.dtype",
+    "zero_optimization.stage": "deepspeed.stage",
+    "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param": "deepspeed.offload_parameters",
+}
+
+
+@dataclass
+class _Raw:
+    """Plain values with, for every key path, where it was written."""
+
+    value: Any
+    origin: str
+    places: dict[KeyPath, str] = field(default_factory=dict)
+
+    def place(self, path: KeyPath) -> str:
+        """`file:line key.path` of the key, or of the nearest one around it that was written."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.places:
+                return f"{self.places[path[:end]]} {dotted(path)}".rstrip()
+        return f"{self.origin} {dotted(path)}".rstrip()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The resolved recipe: every default filled in, every rule checked.
+
+    `overrides` are `key.path=value`, the value read as YAML; a stage or source is named by its place (`stages.0.lr`) or
+    its name (`stages.align.lr`). Raises UserError for the first mistake, and says how many more there are.
+    """
+    file = _find(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}") from None
+    return parse_recipe(text, str(path), overrides)
+
+
+def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, from the text of a file called `origin`."""
+    value, lines = read_yaml(text, origin)
+    if not isinstance(value, dict):
+        raise UserError(f"{origin}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    raw = _Raw(value, origin, {key: f"{origin}:{line}" for key, line in lines.items()})
+    for override in overrides:
+        _override(raw, override)
+    _refuse_secrets(raw, raw.value, ())
+    raw.value = _resolve(raw.value)
+    try:
+        recipe = Recipe.model_validate(raw.value)
+    except ValidationError as error:
+        raise _first(raw, [(_path(e["loc"], raw.value), _explain(e)) for e in error.errors()]) from None
+    complaints = list(_check(recipe))
+    if complaints:
+        raise _first(raw, complaints)
+    return recipe
+
+
+def show(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, secrets masked; loading it gives the same recipe."""
+    return write_yaml(mask(recipe.model_dump(mode="json")))
+
+
+def digest(recipe: Recipe) -> str:
+    """sha256 of everything in the recipe that decides what is computed."""
+    return hashlib.sha256(json.dumps(_flat(recipe, FREE_KEYS), sort_keys=True).encode()).hexdigest()
+
+
+def changes(old: Recipe, new: Recipe) -> list[str]:
+    """`key: old -> new` for every key that a resumed run may not change (see FREE_KEYS)."""
+    before, after = _flat(old, FREE_KEYS), _flat(new, FREE_KEYS)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [mask(f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}") for key in keys]
+
+
+def json_schema() -> dict:
+    """The JSON schema editors use (`recipes/recipe.schema.json` is this)."""
+    return Recipe.model_json_schema()
+
+
+def _find(path: str | Path) -> Path:
+    """The file itself, or else the shipped recipe of that name."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = recipes_folder()
+    names = sorted(found.name for found in shipped.glob("*.yaml"))
+    if str(path) in names or (file.parent.name == "recipes" and file.name in names and not file.is_absolute()):
+        return shipped / file.name
+    what = "is a folder" if file.is_dir() else "no such file"
+    raise UserError(f"{path}: {what}; shipped recipes: {', '.join(names)}{nearest(file.name, names)}")
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie."""
+    import recipes
+
+    return Path(next(iter(recipes.__path__)))
+
+
+def _override(raw: _Raw, text: str) -> None:
+    key, equals, written = text.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"{COMMAND_LINE}: {mask(text)!r} is not key.path=value, such as training.seed=1")
+    place = f"{COMMAND_LINE} {key}"
+    value, _ = read_yaml(written, place)
+    parts, path, node = key.split("."), [], raw.value
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            names = [str(item.get("name") or item.get("kind")) for item in node if isinstance(item, dict)]
+            step = int(part) if part.isdecimal() else names.index(part) if part in names else len(node)
+            if step >= len(node):
+                choice = [*map(str, range(len(node))), *names]
+                raise UserError(f"{place}: {part!r} is none of {', '.join(choice)}{nearest(part, names)}")
+        elif isinstance(node, dict):
+            step = part
+            if not last and node.get(step) is None:
+                node[step] = {}
+        else:
+            raise UserError(f"{place}: {'.'.join(parts[:depth])} is a plain value, it has no {part!r}")
+        path.append(step)
+        if last:
+            node[step] = value
+        else:
+            node = node[step]
+    for old in [old for old in raw.places if old[: len(path)] == tuple(path)]:
+        del raw.places[old]
+    raw.places[tuple(path)] = COMMAND_LINE
+
+
+def _refuse_secrets(raw: _Raw, value: Any, path: KeyPath) -> None:
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, str) and looks_secret(key):
+                raise UserError(f"{raw.place(path)}: a key holds an access token or a password")
+            if isinstance(key, str) and names_a_secret(key):
+                raise UserError(
+                    f"{raw.place((*path, key))}: a recipe holds no secrets, since it is copied into the run and the "
+                    "export; set the service's environment variable (HF_TOKEN) or log in instead"
+                )
+            _refuse_secrets(raw, item, (*path, key))
+    elif isinstance(value, str) and looks_secret(value):
+        raise UserError(
+            f"{raw.place(path)}: {mask(value)!r} holds an access token or a password, which a recipe never does"
+        )
+
+
+def _resolve(value: dict) -> dict:
+    """A copy with the defaults that depend on other keys filled in, and `{recipes}` replaced."""
+    value = _with_folder(copy.deepcopy(value))
+    stages = value.get("stages")
+    kinds: list = []
+    for stage in stages if isinstance(stages, list) else []:
+        if not isinstance(stage, dict):
+            continue
+        kind = stage.get("kind")
+        kinds.append(kind)
+        for key, default in DEFAULTS_OF.get(kind if isinstance(kind, str) else "", {}).items():
+            stage.setdefault(key, copy.deepcopy(default))
+        if stage.get("name") is None and isinstance(kind, str):
+            stage["name"] = kind if kinds.count(kind) == 1 else f"{kind}{kinds.count(kind)}"
+    data = value.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    for source in sources if isinstance(sources, list) else []:
+        if isinstance(source, dict) and source.get("name") is None:
+            place = source.get("path") or source.get("dataset")
+            place = place[0] if isinstance(place, list) and place else place
+            if isinstance(place, str):
+                source["name"] = Path(place).name.split(".")[0]
+    return value
+
+
+def _with_folder(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("{recipes}", str(recipes_folder())) if "{recipes}" in value else value
+    if isinstance(value, dict):
+        return {key: _with_folder(item) for key, item in value.items()}
+    return [_with_folder(item) for item in value] if isinstance(value, list) else value
+
+
+def _check(recipe: Recipe) -> typing.Iterator[tuple[KeyPath, str]]:
+    """The rules that join several keys."""
+    if recipe.student.model is None and recipe.student.convert is None:
+        yield ("student",), "say `model:` (a folder) or `convert:` (how to make one)"
+    names = [source.name for source in recipe.data.sources]
+    for part, sources in (("data", recipe.data.sources), ("evaluation", recipe.evaluation.sources)):
+        for index, source in enumerate(sources):
+            path = (part, "sources", index)
+            if (source.path is None) == (source.dataset is None):
+                yield path, "say `path:` (local files) or `dataset:` (of the Hub), one of them"
+            if source.dataset is None and (source.config or source.revision):
+                yield path, "`config:` and `revision:` belong to `dataset:`"
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield ("data", "sources", index, "name"), f"{name!r} names two sources; give each a name of its own"
+    weights = [source.weight is None for source in recipe.data.sources]
+    if any(weights) and not all(weights):
+        yield ("data", "sources", weights.index(True)), "give every source a weight, or none"
+    if not recipe.data.sources:
+        yield ("data", "sources"), "no source of text"
+    for index, stage in enumerate(recipe.stages):
+        yield from _check_stage(recipe, stage, ("stages", index), names)
+    seen = [stage.name for stage in recipe.stages]
+    for index, name in enumerate(seen):
+        if name in seen[:index]:
+            yield ("stages", index, "name"), f"{name!r} names two stages"
+    for key in recipe.deepspeed.extra:
+        if key in _OWNED:
+            yield ("deepspeed", "extra", key), f"decided by {_OWNED[key]}, not here"
+    zero = recipe.deepspeed.extra.get("zero_optimization", {})
+    for key in zero if isinstance(zero, dict) else ():
+        if f"zero_optimization.{key}" in _OWNED:
+            owner = _OWNED[f"zero_optimization.{key}"]
+            yield ("deepspeed", "extra", "zero_optimization", key), f"decided by {owner}, not here"
+    if recipe.deepspeed.offload_parameters != "none" and recipe.deepspeed.stage != 3:
+        yield ("deepspeed", "offload_parameters"), "needs deepspeed.stage 3"
+    if recipe.deepspeed.offload_optimizer != "none" and recipe.deepspeed.stage == 0:
+        yield ("deepspeed", "offload_optimizer"), "needs deepspeed.stage 1, 2 or 3"
+
+
+def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> typing.Iterator[tuple[KeyPath, str]]:
+    if stage.kind not in READY:
+        yield (*path, "kind"), f"{stage.kind!r} stages do not run yet; these do: {', '.join(READY)}"
+        return
+    if (stage.steps is None) == (stage.tokens is None):
+        yield path, "say `steps:` or `tokens:`, one of them"
+    for index, loss in enumerate(stage.losses):
+        allowed = LOSSES_OF[stage.kind]
+        if loss.name not in allowed:
+            yield (*path, "losses", index, "name"), f"{loss.name!r} is no loss of a {stage.kind} stage; " \
+                f"allowed: {', '.join(allowed)}"  # fmt: skip
+    if not stage.losses:
+        yield (*path, "losses"), "no loss to train on"
+    for index, name in enumerate(stage.sources):
+        if name not in names:
+            yield (*path, "sources", index), f"{name!r} is no source; allowed: {', '.join(names)}{nearest(name, names)}"
+    batch = stage.batch_size or recipe.training.batch_size
+    micro = stage.micro_batch_size or recipe.training.micro_batch_size
+    if batch % micro:
+        yield path, f"its batch of {batch} sequences is no multiple of its micro-batch of {micro}"
+    if stage.steps is not None and stage.warmup_steps > stage.steps:
+        yield (*path, "warmup_steps"), f"{stage.warmup_steps} is more than the stage's {stage.steps} steps"
+
+
+def _path(loc: tuple, value: Any) -> KeyPath:
+    """pydantic's location without what is no key of the recipe (the `[key]` it adds for a mapping's key)."""
+    return tuple(part for part in loc if part != "[key]")
+
+
+def _first(raw: _Raw, complaints: list[tuple[KeyPath, str]]) -> UserError:
+    places = [(raw.place(path), message) for path, message in complaints]
+    order = {place: rank for rank, place in enumerate(raw.places.values())}
+    places.sort(key=lambda item: order.get(item[0].rpartition(" ")[0], len(order)))
+    more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+    return UserError(mask(f"{places[0][0]}: {places[0][1]}{more}"))
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+_LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+def _explain(error: dict) -> str:
+    kind, got, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        key, allowed = str(error["loc"][-1]), _keys_at(error["loc"][:-1])
+        return f"unknown key{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
+    if kind == "missing":
+        return "missing"
+    if kind == "literal_error":
+        allowed = context["expected"].replace(" or ", ", ").replace("'", "")
+        return f"got {_name(got)}, allowed: {allowed}{nearest(str(got), allowed.split(', '))}"
+    if kind in _EXPECTED:
+        return f"got {_name(got)}, expected {_EXPECTED[kind]}"
+    for limit, word in _LIMITS.items():
+        if limit in context and kind.startswith(("greater", "less")):
+            return f"got {_name(got)}, expected a number {word} {context[limit]:g}"
+    if kind == "too_short":
+        return f"needs at least {context['min_length']} of them"
+    return f"got {_name(got)}: {error['msg']}"
+
+
+def _name(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    shown = repr(mask(value)) if isinstance(value, str) else str(value).lower()
+    return f"{shown} (text)" if isinstance(value, str) else shown
+
+
+def _keys_at(loc: tuple) -> list[str]:
+    """The keys of the section that pydantic's location leads to."""
+    model = Recipe
+    for part in loc:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model inside `Model | None`, `tuple[Model, ...]` and the like."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section, typing.get_args(annotation))), None)
+
+
+def _flat(recipe: Recipe, without: tuple[str, ...]) -> dict[str, Any]:
+    def walk(value: Any, path: str):
+        if path in without:
+            return
+        if isinstance(value, dict) and value:
+            for key, item in value.items():
+                yield from walk(item, f"{path}.{key}" if path else key)
+        elif isinstance(value, list) and value:
+            for index, item in enumerate(value):
+                yield from walk(item, f"{path}.{index}")
+        else:
+            yield path, value
+
+    return dict(walk(recipe.model_dump(mode="json"), ""))

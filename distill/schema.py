@@ -1,0 +1,183 @@
+"""What a recipe may say: every section, its keys, their units and limits, and what each kind of stage starts from.
+
+These models are the only list of keys; `--print-config`, the editors' JSON schema and the error messages are made from
+them. Rules that join several keys are in `recipe.py`. Twin: tests/distill/test_recipe.py.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+T = TypeVar("T")
+Many = Annotated[tuple[T, ...], Field(strict=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_one_or_many = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+Names = Annotated[
+    Many[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), WithJsonSchema(_one_or_many)
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Teacher(Section):
+    model: str = Field(description="a checkpoint folder, a Hub id (owner/name), or a preset such as demo or llama-1b")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub repository")
+    dtype: Dtype = Field("auto", description="of the weights in memory; auto is the training dtype")
+
+
+class Convert(Section):
+    """The options of deltanet-convert, by the same names and with the same defaults."""
+
+    hybrid: str = Field(
+        "global2", description="global2, swa[:WINDOW], every:N, none, all, layers:1,5,9, RANKING.json:N"
+    )
+    mixer: Literal["gated_delta", "delta"] = "gated_delta"
+    state_heads: Literal["expanded", "shared"] = "expanded"
+    skip_conv: int = Field(4, ge=0, description="tokens of v that bypass the state")
+    conv: int = Field(0, ge=0, description="kernel of the convolution over q, k, v; 0 is off")
+    gate: Literal["read", "output", "both", "none"] = "read"
+    beta_range: Literal[1, 2] = 1
+    dtype: Dtype = "auto"
+    max_shard_size: str = "5GB"
+    calibrate: Names = Field(("self",), description="text files, self (the teacher writes) or none (plain copy)")
+    held_out: str | None = None
+    seed: int = Field(0, ge=0)
+
+
+class Student(Section):
+    model: str | None = Field(None, description="folder that deltanet-convert made; made now if `convert` is given")
+    convert: Convert | None = Field(None, description="makes the student from the teacher where the folder is absent")
+
+
+class Source(Section):
+    name: str | None = Field(None, description="what stages call it; by default the file's name")
+    path: Names | None = Field(None, description="local files or globs: txt, jsonl, json, parquet, each also .gz")
+    dataset: str | None = Field(None, description="Hub data set (owner/name), instead of path")
+    config: str | None = Field(None, description="configuration of the Hub data set")
+    split: str = Field("train", description="split of the Hub data set")
+    revision: str | None = Field(None, description="commit of the Hub data set")
+    kind: Literal["text", "chat"] = Field("text", description="plain documents, or conversations")
+    field: str | None = Field(None, description="key of the text or of the messages; found by itself if None")
+    separator: str | None = Field(None, description="what parts the documents of a txt file; None: one document a file")
+    weight: float | None = Field(None, gt=0, description="share of the sequences; None: by its number of sequences")
+    max_documents: int | None = Field(None, gt=0)
+
+
+class Data(Section):
+    sources: Many[Source] = Field((), description="where the text comes from")
+    seq_len: int = Field(512, ge=2, description="tokens of a sequence")
+    packing: Literal["wrapped", "best_fit"] = Field(
+        "wrapped", description="wrapped cuts documents at the sequence's end; best_fit keeps short ones whole"
+    )
+    train_on: Literal["assistant", "last", "all"] = Field("assistant", description="which tokens of a chat are targets")
+    too_long: Literal["cut", "drop"] = Field("cut", description="what happens to a chat longer than seq_len")
+    repeats: float = Field(0.0, ge=0, le=1, description="share of sequences in which an earlier span is copied")
+    held_out: Fraction = Field(0.01, description="last share of every source's tokens, kept for evaluation")
+    seed: int = Field(0, ge=0, description="of the order of the documents")
+
+
+KINDS = ("calibrate", "align", "distil", "long", "sft", "dpo", "onpolicy", "pretrain", "convert_step")
+READY = ("align", "distil", "long", "sft", "pretrain")  # the others are refused when a recipe is loaded
+_TOKEN_LOSSES = ("forward_kl", "reverse_kl", "jsd", "ce", "hidden_cosine", "hidden_mse", "layer_cosine")
+LOSSES_OF = {
+    "align": ("mixer_l2", "mixer_mse", "mixer_cosine"),
+    "distil": _TOKEN_LOSSES,
+    "long": _TOKEN_LOSSES,
+    "sft": _TOKEN_LOSSES,
+    "pretrain": ("ce", "layer_cosine"),
+}
+# Starting points from METHODS 4.2 of the literature: align on mixers at 1e-3, distil everything with forward KL at T=1.
+DEFAULTS_OF = {
+    "align": {"trainable": ["mixers"], "lr": 1e-3, "losses": [{"name": "mixer_l2"}]},
+    "distil": {"trainable": ["all"], "lr": 1e-4, "losses": [{"name": "forward_kl"}]},
+    "long": {"trainable": ["all"], "lr": 1e-5, "losses": [{"name": "forward_kl"}]},
+    "sft": {"trainable": ["all"], "lr": 1e-5, "losses": [{"name": "ce"}]},
+    "pretrain": {"trainable": ["all"], "lr": 1e-3, "losses": [{"name": "ce"}]},
+}
+
+
+class Loss(Section):
+    name: Literal[(*LOSSES_OF["align"], *_TOKEN_LOSSES)] = Field(description="which term")
+    weight: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of forward_kl, reverse_kl and jsd, which are multiplied by T^2")
+    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: the teacher's share in the mixture")
+
+
+class Stage(Section):
+    name: str | None = Field(None, description="by default the kind, with a number where it repeats")
+    kind: Literal[KINDS]
+    steps: int | None = Field(None, gt=0, description="optimizer steps; or say tokens")
+    tokens: int | None = Field(None, gt=0, description="tokens to see, rounded up to whole steps; or say steps")
+    trainable: Names = Field(("all",), description="mixers, all, attention, or patterns of parameter names")
+    lr: float = Field(1e-4, ge=0, description="peak learning rate")
+    lr_groups: dict[str, Annotated[float, Field(ge=0)]] = Field({}, description="peak rate of a set or pattern")
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="of wsd: share of the steps at the end that decay")
+    final_lr_fraction: float = Field(0.1, ge=0, le=1, description="rate at the end over the peak rate")
+    clip: float = Field(1.0, ge=0, description="gradient norm; 0 is off")
+    weight_decay: float = Field(0.0, ge=0, description="never on norms, biases and gates")
+    adam_betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    losses: Many[Loss] = ()
+    sources: Many[str] = Field((), description="names of data.sources; () is all")
+    seq_len: int | None = Field(None, ge=2, description="instead of data.seq_len")
+    batch_size: int | None = Field(None, gt=0, description="instead of training.batch_size")
+    micro_batch_size: int | None = Field(None, gt=0, description="instead of training.micro_batch_size")
+
+
+class Training(Section):
+    batch_size: int = Field(32, gt=0, description="sequences of one optimizer step, over all processes")
+    micro_batch_size: int = Field(1, gt=0, description="sequences of one forward pass on one process")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of forward and backward; masters are float32"
+    )
+    activation_checkpointing: bool = False
+    loss_chunk_tokens: int | None = Field(None, gt=0, description="tokens whose logits exist at once; None: by memory")
+    seed: int = Field(0, ge=0)
+    commit_every_steps: int | None = Field(None, gt=0)
+    commit_every_seconds: float | None = Field(600.0, gt=0)
+    keep_commits: int = Field(2, ge=2)
+    max_skipped_steps: int = Field(3, gt=0, description="stop after this many steps in a row without finite gradients")
+
+
+class DeepSpeed(Section):
+    stage: Literal[0, 1, 2, 3] = Field(0, description="ZeRO: what is sharded over the processes")
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
+    extra: dict = Field({}, description="further keys of DeepSpeed's own configuration")
+
+
+class Logging(Section):
+    every_steps: int = Field(1, gt=0)
+    tensorboard: bool = False
+    wandb: bool = False
+    trackio: bool = False
+    project: str = "deltanet"
+
+
+class Evaluation(Section):
+    every_steps: int | None = Field(None, gt=0, description="None: at the end of every stage")
+    tokens: int = Field(65536, gt=0, description="held-out tokens to measure on")
+    sources: Many[Source] = Field((), description="instead of data.held_out")
+    prompt: str = Field("Once upon a time", description="continued at the end of the run, to be read")
+
+
+class Export(Section):
+    dtype: Dtype = Field("auto", description="auto is the student's own")
+    max_shard_size: str = "5GB"
+
+
+class Recipe(Section):
+    version: Literal[1] = Field(description="of this schema")
+    teacher: Teacher
+    student: Student
+    data: Data = Data()
+    stages: Many[Stage] = Field(min_length=1)
+    training: Training = Training()
+    deepspeed: DeepSpeed = DeepSpeed()
+    logging: Logging = Logging()
+    evaluation: Evaluation = Evaluation()
+    export: Export = Export()

@@ -1,0 +1,115 @@
+"""Reading YAML strictly, with the line of every key, and writing it so that reading gives the same values.
+
+Scalars follow YAML 1.2: `1e-5` is a number, `017` is seventeen, `on`, `yes`, `12:30` and `1_000` are text. Refused, each
+with its line: a key twice, `.nan` and `.inf`, tags, keys that are not text. Twin: tests/distill/test_yaml_lines.py.
+"""
+
+import math
+import re
+from typing import Any
+
+import yaml
+
+from deltanet.errors import UserError
+
+KeyPath = tuple[str | int, ...]
+LARGEST = 100_000  # values in one document, aliases expanded
+
+_RULES = [  # (tag, pattern, first characters), tried in this order
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML version would take for something other than text."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
+for _tag, _pattern, _first in _RULES:
+    _compiled = re.compile(rf"^(?:{_pattern})$")
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _compiled, _first)
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _compiled, _first)
+
+
+def read_yaml(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
+    """The value of a document and the line (from 1) of every key path in it; `origin` heads the error messages.
+
+    Raises UserError `origin:line: ...` for anything this file's head refuses and for broken YAML.
+    """
+    lines: dict[KeyPath, int] = {}
+    try:
+        node = _Loader(text).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{origin}:{mark.line + 1}" if mark else origin
+        raise UserError(f"{where}: not YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not YAML: {str(error).splitlines()[0]}") from None
+    return (None if node is None else _value(node, (), lines, origin, ())), lines
+
+
+def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], origin: str, above: tuple) -> Any:
+    line = node.start_mark.line + 1
+    lines.setdefault(path, line)
+    if node in above or len(lines) > LARGEST:
+        raise UserError(f"{origin}:{line}: aliases that make the document endless, or over {LARGEST} values")
+    tag = node.tag.removeprefix("tag:yaml.org,2002:")
+    if isinstance(node, yaml.SequenceNode) and tag == "seq":
+        return [_value(item, (*path, i), lines, origin, (*above, node)) for i, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode) and tag == "map":
+        result = {}
+        for key_node, value_node in node.value:
+            key_line = key_node.start_mark.line + 1
+            key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+                shown = key if isinstance(key, str) else "a list or mapping"
+                raise UserError(f"{origin}:{key_line}: the key {shown!r} is not text; quote it")
+            if key in result:
+                first = lines[(*path, key)]
+                raise UserError(
+                    f"{origin}:{key_line} {dotted((*path, key))}: the key is there twice, first in line {first}"
+                )
+            lines[(*path, key)] = key_line
+            result[key] = _value(value_node, (*path, key), lines, origin, (*above, node))
+        return result
+    if isinstance(node, yaml.ScalarNode) and tag in ("str", "null", "bool", "int", "float"):
+        return _scalar(tag, node.value, f"{origin}:{line} {dotted(path)}".rstrip())
+    raise UserError(f"{origin}:{line}: the tag {node.tag!r} is not allowed; plain values only")
+
+
+def _scalar(tag: str, text: str, where: str) -> Any:
+    try:
+        if tag == "str":
+            return text
+        if tag == "null":
+            return None
+        if tag == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if tag == "int":
+            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        number = float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+    except (ValueError, KeyError):
+        raise UserError(f"{where}: {text!r} is not a value of the tag {tag}") from None
+    if not math.isfinite(number):
+        raise UserError(f"{where}: {text} is not a finite number")
+    return number
+
+
+def write_yaml(value: Any) -> str:
+    """Block YAML of plain values; `read_yaml` gives them back exactly."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def dotted(path: KeyPath) -> str:
+    """`("stages", 0, "lr")` as `stages.0.lr`."""
+    return ".".join(map(str, path))
