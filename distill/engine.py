@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -100,7 +100,8 @@ def _deepspeed():
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How a stage is sharded. bf16 computes in bfloat16 over float32 master weights, at every ZeRO stage."""
+    """How a stage is sharded. bf16 computes in bfloat16 over float32 master weights, at every ZeRO stage.
+    `extra` is merged into DeepSpeed's configuration last."""
 
     zero_stage: int = 0
     precision: str = "fp32"
@@ -109,6 +110,7 @@ class EngineSettings:
     eps: float = 1e-8
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if self.zero_stage not in (0, 1, 2, 3):
@@ -143,12 +145,17 @@ class EngineSettings:
             "steps_per_print": None,
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": self.gradient_clipping if self.zero_stage else 0.0,
         }
-        if self.zero_stage:
-            config["gradient_clipping"] = self.gradient_clipping
         if self.casts_parameters:
             config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-        return config
+        return _merged(config, self.extra)
+
+
+def _merged(base: dict, extra: dict) -> dict:
+    """`base` with the keys of `extra` laid over it, mappings merged."""
+    both = {key: _merged(base[key], extra[key]) for key in base.keys() & extra.keys() if isinstance(extra[key], dict)}
+    return base | extra | both
 
 
 class _GuardedAdamW(torch.optim.AdamW):
