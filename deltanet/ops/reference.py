@@ -24,19 +24,6 @@ def delta_rule(q, k, v, beta, *, g, scale, initial_state, output_final_state, cu
         for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist())):
             document = [x[:, a:b] for x in (q, k, v, beta)] + [None if g is None else g[:, a:b]]
             parts.append(_recur(*document, states[n : n + 1], dtype, normalize_qk))
-        o, final = _recur(q, k, v, beta, g, states, dtype, normalize_qk)
-    else:
-        bounds = cu_seqlens.tolist()
-        parts = [
-            _recur(
-                *(x[:, a:b] for x in (q, k, v, beta)),
-                None if g is None else g[:, a:b],
-                states[n : n + 1],
-                dtype,
-                normalize_qk,
-            )
-            for n, (a, b) in enumerate(zip(bounds, bounds[1:]))
-        ]
         o, final = (torch.cat(x, dim) for x, dim in zip(zip(*parts), (1, 0)))
     return (scale * o).to(v.dtype), final if output_final_state else None
 

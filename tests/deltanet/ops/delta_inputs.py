@@ -111,5 +111,5 @@ def gradients(made: Inputs, rule, **options) -> dict[str, torch.Tensor]:
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (o, final)]
     loss = sum((x * w).sum() for x, w in zip((o, final), weights))
     names = leaves.tensors()
-    found = torch.autograd.grad(loss, list(names.values()))
+    found = torch.autograd.grad(loss, list(names.values()), allow_unused=True, materialize_grads=True)
     return {"o": o.detach(), "final_state": final.detach()} | {f"d{n}": d for n, d in zip(names, found)}
