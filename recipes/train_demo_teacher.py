@@ -67,7 +67,8 @@ def write_stories(writer: Path, args: argparse.Namespace) -> list[str]:
     for _ in range(args.sample_batches):
         first = torch.full((args.sample_size, 1), start, device=args.device)
         rows = model.generate(
-            first, attention_mask=torch.ones_like(first), do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
+            first, attention_mask=torch.ones_like(first), do_sample=True, temperature=args.temperature,
+            top_k=0, top_p=1.0,
             max_new_tokens=args.sample_tokens, eos_token_id=sorted(ends), pad_token_id=start,
         )  # fmt: skip
         kept = []
@@ -176,7 +177,7 @@ def tell_page(model, tokenizer, args: argparse.Namespace) -> str:
             max_new_tokens=CONTEXT - 1,
         )  # fmt: skip
         for row in rows[:, 1:].tolist():
-            if 0 in row and 80 <= row.index(0) and len(page) < args.page_chars:
+            if 0 in row and row.index(0) >= 80 and len(page) < args.page_chars:
                 page += tokenizer.decode(row[: row.index(0)]).strip() + "\n\n"
     return page.rstrip() + "\n"
 
