@@ -1,7 +1,8 @@
 """Reading YAML strictly, with the line of every key, and writing it so that reading gives the same values.
 
-Scalars follow YAML 1.2: `1e-5` is a number, `017` is seventeen, `on`, `yes`, `12:30` and `1_000` are text. Refused, each
-with its line: a key twice, `.nan` and `.inf`, tags, keys that are not text. Twin: tests/distill/test_yaml_lines.py.
+Scalars follow YAML 1.2: `1e-5` is a number, `017` is seventeen, `on`, `yes`, `12:30` and `1_000` are text. Refused,
+each with its line: a key twice, `.nan` and `.inf`, tags, keys that are not text. Twin:
+tests/distill/test_yaml_lines.py.
 """
 
 import math
