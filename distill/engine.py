@@ -177,7 +177,7 @@ class _GuardedAdamW(torch.optim.AdamW):
 
 
 class Engine:
-    """A module whose forward returns a loss *sum*, its trainable groups, and their optimizer.
+    """A module whose forward returns a share of the loss, its trainable groups, and their optimizer.
 
     groups: dicts of `params`, `lr`, `weight_decay` (see trainable.py). Parameters outside the groups must not require
     gradients; they are kept as given. The module must live on the CPU or on `world.device` in its master precision.
@@ -198,10 +198,15 @@ class Engine:
         else:
             optimizer = _GuardedAdamW(groups, settings.gradient_clipping, betas=settings.betas, eps=settings.eps)
         masters = self.masters_of(module) if settings.casts_parameters else None
+        buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         with contextlib.redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints memory figures
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings.deepspeed_config(), dist_init_required=False
             )
+        for name, value in buffers.items():  # DeepSpeed rounds RoPE's frequencies to bfloat16 too
+            buffer = module.get_buffer(name)
+            if buffer.dtype != value.dtype:
+                buffer.data = value.to(buffer.device)
         self.optimizer = self.deepspeed.optimizer
         self.steps = 0
         if masters is not None:
@@ -227,15 +232,15 @@ class Engine:
         with self.compute():
             return self.deepspeed(*args, **kwargs)
 
-    def backward(self, loss_sum: torch.Tensor, count: float) -> None:
-        """Accumulates the gradient of `loss_sum / count`, where count is the number of valid tokens of *all*
-        micro-batches of *all* ranks in this step: DeepSpeed averages over ranks, so the mean is undone.
+    def backward(self, share: torch.Tensor) -> None:
+        """Accumulates the gradient of this micro-batch's share of the step's loss: the shares of all micro-batches of
+        all ranks add up to it. (DeepSpeed averages over ranks; that is undone here.)
 
-        A loss that is not finite makes the gradient NaN, so that every rank's step is skipped.
+        A share that is not finite makes the gradient NaN, so that every rank's step is skipped.
         """
-        value = loss_sum.detach()
+        value = share.detach()
         poison = 1 + (value - value)  # 1, or NaN where the loss is not finite; no waiting for the device
-        self.deepspeed.backward(loss_sum * poison * (self.world.size / count), scale_wrt_gas=False)
+        self.deepspeed.backward(share * poison * self.world.size, scale_wrt_gas=False)
 
     def step(self) -> tuple[bool, float]:
         """Applies the update on all ranks, or on none where any gradient is not finite. Drops the gradients.

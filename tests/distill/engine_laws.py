@@ -19,6 +19,7 @@ class Tiny(nn.Module):
         self.norm = nn.LayerNorm(16)
         self.down = nn.Linear(16, 3, bias=False)
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.register_buffer("frequencies", torch.tensor([1.0 / 3]))
 
     def forward(self, ids, goal, valid):
         out = self.frozen(self.down(self.norm(torch.relu(self.up(self.embed(ids))))))
@@ -59,7 +60,7 @@ def take(engine, step: int, poisoned: int | None = None) -> tuple[float, bool, f
         loss = engine.forward(*batches[index])
         if index == poisoned:
             loss = loss * float("nan")
-        engine.backward(loss, count)
+        engine.backward(loss / count)
         total += loss.item()
     applied, norm = engine.step()
     return world.sum([total])[0] / count, applied, norm
@@ -74,6 +75,7 @@ def snapshot(engine) -> dict:
 
 def trial(settings, world) -> dict:
     engine = make(settings, world)
+    frequencies = engine.module.frequencies.clone()
     fresh = {name: tensor.clone() for name, tensor in engine.full_tensors()}
     losses = [take(engine, step) for step in range(STEPS)]
     middle = snapshot(engine)
@@ -98,6 +100,7 @@ def trial(settings, world) -> dict:
     engine.close()
     return {
         "fresh": fresh,
+        "frequencies": frequencies,
         "losses": losses,
         "middle": middle,
         "skipped": skipped,

@@ -68,6 +68,12 @@ def test_masters_start_as_the_float32_weights(two, trial):
     assert equal(two[trial]["fresh"], expected)
 
 
+@pytest.mark.parametrize("trial", TRIALS)
+def test_buffers_keep_their_precision(two, trial):
+    """RoPE's frequencies are a float32 buffer, which DeepSpeed would round."""
+    assert torch.equal(two[trial]["frequencies"], torch.tensor([1.0 / 3]))
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_stages_agree_with_zero_0(two, stage):
     # float32 sums in another order: measured 2e-8 relative on the losses; 1e-6 leaves room.
