@@ -4,9 +4,13 @@
         --writer stories260K --output recipes/demo
 
 There is little real text, so a pretrained writer (a Llama that wrote stories before) samples more of it; every batch
-mixes the two, with a share of real text that rises linearly from 0 to the value of `--real-shares`. Each value trains
+mixes the two, with a share of real text that rises linearly from 0 to a value of `--real-shares`. Each value trains
 one candidate from the same seed; the lowest loss on real documents held out from `--text` keeps its folder.
-`--report` files are only measured at the very end. Measured figures stand in `demo/SOURCE.txt`.
+`--report` files are measured once a candidate is kept, and choose nothing.
+
+One H100, torch 2.11, transformers 5.17: 71 s for 39.3 MB of written stories (55,005), then 61 s a candidate of 1500
+steps = 98.3 M tokens. Held out, nats/token: 2.0425 (share 0.2, kept), 2.3186 (share 0.5: it learns the real text by
+heart). Seeded, but CUDA's attention gradient adds in no fixed order: a repeat differs in the last digits.
 """
 
 import argparse
@@ -22,21 +26,20 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 END = "<|endoftext|>"
 CONTEXT = 512
 # Windows-1252 bytes that were once decoded twice, and typographic signs: the stories need plain ASCII alone.
-ASCII = [
-    ("â€œ", '"'),
-    ("â€™", "'"),
-    ("â€˜", "'"),
-    ("â€“", "-"),
-    ("â€”", "-"),
-    ("â€¦", "..."),
-    ("â€\x9d", '"'),
-    ("â€", '"'),
-]
+ASCII = [("â€œ", '"'), ("â€™", "'"), ("â€˜", "'"), ("â€“", "-"), ("â€”", "-"), ("â€¦", "...")]
+ASCII += [("â€\x9d", '"'), ("â€", '"')]
 ASCII += [("“", '"'), ("”", '"'), ("’", "'"), ("‘", "'"), ("—", "-"), ("–", "-"), ("…", "...")]
 
 
@@ -190,7 +193,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--real-shares", type=float, nargs="+", default=[0.2, 0.5, 0.08], help="one candidate each")
+    parser.add_argument("--real-shares", type=float, nargs="+", default=[0.2, 0.5], help="one candidate each")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=128, help=f"windows of {CONTEXT} tokens")
     parser.add_argument("--lr", type=float, default=4e-3)
@@ -236,6 +239,7 @@ def main() -> None:
             for path in args.report:
                 stream = encode(tokenizer, read_stories(path), args.device)
                 print(f"{path.name}: {measure(model, stream):.4f} nats/token")
+            model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
             model.eval().to(torch.bfloat16).save_pretrained(args.output)
             tokenizer.save_pretrained(args.output)
             (args.output / "text.txt").write_text(page, encoding="utf-8")
