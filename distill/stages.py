@@ -1,0 +1,204 @@
+"""What each kind of stage computes: a module whose forward gives a micro-batch's share of the loss, and its parts.
+
+`align` is teacher-forced: one pass of the teacher gives every layer's input and attention output, and each linear
+layer's mixer fits the output on that input; no gradient crosses a layer. The other kinds run the student whole:
+losses over the vocabulary (chunked, no logits of a batch) and on hidden states, against the teacher where they need
+one. Loss functions: losses.py, hidden_losses.py; the loop: loop.py; twin: tests/distill/test_stages.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from deltanet import DeltaNetForCausalLM
+
+from . import hidden_losses
+from .batch import Batch, num_real, num_targets
+from .losses import VOCABULARY_LOSSES, Term, vocabulary_loss
+from .packing import IGNORED
+from .packing import Sequence as Packed
+from .schema import Stage
+
+PREFIX = "student."
+"""What a stage module puts before the student's own parameter names."""
+MEASURES = (Term("ce"), Term("forward_kl"))
+_MIXER_LOSSES = {
+    "mixer_l2": hidden_losses.l2,
+    "mixer_mse": hidden_losses.mse,
+    "mixer_cosine": hidden_losses.cosine,
+}
+_STATE_LOSSES = {"hidden_cosine": hidden_losses.cosine, "hidden_mse": hidden_losses.mse}
+
+Share = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def terms_of(stage: Stage) -> list[Term]:
+    return [Term(loss.name, loss.weight, loss.temperature, loss.beta) for loss in stage.losses]
+
+
+def needs_teacher(stage: Stage) -> bool:
+    return any(loss.name not in ("ce", "layer_cosine") for loss in stage.losses)
+
+
+class Align(nn.Module):
+    """Every mixer against the attention it replaces. The loss is the mean over tokens and linear layers.
+
+    The module holds the student's mixers under the student's own names, and the teacher unregistered: it is neither
+    trained, sharded nor saved.
+    """
+
+    def __init__(self, student: DeltaNetForCausalLM, teacher: DeltaNetForCausalLM, stage: Stage):
+        super().__init__()
+        self.terms, self._teacher = terms_of(stage), [teacher]
+        self.checkpointing = False
+        kinds = student.config.layer_types
+        self.linear = [index for index, kind in enumerate(kinds) if kind == "linear_attention"]
+        # The skeleton of the student's names: student.model.layers.<index>.self_attn
+        self.student = nn.Module()
+        self.student.model = nn.Module()
+        self.student.model.layers = nn.ModuleDict()
+        for index in self.linear:
+            holder = nn.Module()
+            holder.self_attn = student.model.layers[index].self_attn
+            self.student.model.layers[str(index)] = holder
+
+    @staticmethod
+    def count(sequences: Sequence[Packed]) -> int:
+        """What the loss is averaged over: every token that is not padding."""
+        return num_real(sequences)
+
+    def forward(self, batch: Batch, count: float, measure: bool = False) -> Share:
+        """`measure` changes nothing here: the loss is its own measure."""
+        loss, parts = 0.0, {term.name: 0.0 for term in self.terms}
+        for index, x, rotations, wanted in self._teacher_mixers(batch):
+            mixer = self.student.model.layers[str(index)].self_attn
+            if self.checkpointing and torch.is_grad_enabled():
+                made = checkpoint(self._mix, mixer, x, rotations, batch.cu_seqlens, use_reentrant=False)
+            else:
+                made = self._mix(mixer, x, rotations, batch.cu_seqlens)
+            for term in self.terms:
+                value = _MIXER_LOSSES[term.name](made, wanted, batch.real, count) / len(self.linear)
+                loss = loss + term.weight * value
+                parts[term.name] = parts[term.name] + value.detach()
+        return loss, parts
+
+    @staticmethod
+    def _mix(mixer, x, rotations, cu_seqlens):
+        return mixer(x, position_embeddings=rotations, cu_seqlens=cu_seqlens)[0]
+
+    @torch.no_grad()
+    def _teacher_mixers(self, batch: Batch) -> list[tuple]:
+        """(layer, input, rotations, attention output) of every layer that is linear in the student."""
+        seen, teacher = [], self._teacher[0]
+
+        def note(index):
+            def hook(_, args, kwargs, output):
+                seen.append((index, args[0], kwargs["position_embeddings"], output[0]))
+
+            return hook
+
+        handles = [
+            teacher.model.layers[index].self_attn.register_forward_hook(note(index), with_kwargs=True)
+            for index in self.linear
+        ]
+        try:
+            _run(teacher, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+class Whole(nn.Module):
+    """The student end to end: `distil`, `long`, `sft`, `pretrain`. The loss is the mean over the valid targets."""
+
+    def __init__(
+        self,
+        student: DeltaNetForCausalLM,
+        teacher: DeltaNetForCausalLM | None,
+        stage: Stage,
+        *,
+        vocab_size: int | None = None,
+        chunk_tokens: int | None = None,
+    ):
+        super().__init__()
+        self.student, self._teacher = student, [teacher]
+        self.vocab_size = min(vocab_size or student.config.vocab_size, student.config.vocab_size)
+        self.chunk_tokens = chunk_tokens
+        terms = terms_of(stage)
+        self.vocabulary = [term for term in terms if term.name in VOCABULARY_LOSSES]
+        self.states = [term for term in terms if term.name not in VOCABULARY_LOSSES]
+
+    @staticmethod
+    def count(sequences: Sequence[Packed]) -> int:
+        """What the loss is averaged over: the valid targets."""
+        return num_targets(sequences)
+
+    def forward(self, batch: Batch, count: float, measure: bool = False) -> Share:
+        """`measure` gives cross-entropy and forward KL (where there is a teacher) instead of the stage's losses."""
+        teacher = self._teacher[0]
+        vocabulary, states = self.vocabulary, self.states
+        if measure:
+            vocabulary, states = [term for term in MEASURES if teacher is not None or term.name == "ce"], []
+        made = _run(self.student, batch, bool(states))
+        goal = None
+        if any(term.name != "ce" for term in vocabulary) or any(term.name in _STATE_LOSSES for term in states):
+            with torch.no_grad():
+                goal = _run(teacher, batch, any(term.name in _STATE_LOSSES for term in states))
+        loss, parts = made.last_hidden_state.new_zeros(()), {}
+        if vocabulary:
+            loss, parts = vocabulary_loss(
+                made.last_hidden_state,
+                head(self.student),
+                batch.targets,
+                vocabulary,
+                count,
+                teacher_hidden=None if goal is None else goal.last_hidden_state,
+                teacher_weight=None if goal is None else head(teacher),
+                vocab_size=self.vocab_size,
+                chunk_tokens=self.chunk_tokens,
+            )
+        valid = batch.targets != IGNORED
+        for term in states:
+            if term.name == "layer_cosine":
+                value = hidden_losses.layer_cosine(made.hidden_states, valid, count)
+            else:
+                pairs = list(zip(made.hidden_states, goal.hidden_states))[1:]
+                value = sum(_STATE_LOSSES[term.name](mine, its, valid, count) for mine, its in pairs) / len(pairs)
+            loss, parts[term.name] = loss + term.weight * value, value.detach()
+        return loss, parts
+
+
+def head(model: DeltaNetForCausalLM) -> torch.Tensor:
+    """The output weights (vocabulary, D), which are the embedding's where the two are tied."""
+    return model.lm_head.weight
+
+
+def _run(model: DeltaNetForCausalLM, batch: Batch, with_states: bool = False):
+    """The decoder without its head."""
+    return model.model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        use_cache=False,
+        output_hidden_states=with_states,
+    )
+
+
+def share_frozen(student: DeltaNetForCausalLM, teacher: DeltaNetForCausalLM) -> int:
+    """Makes the student use the teacher's own tensors where it does not train and the bytes are equal; returns how
+    many bytes that saves. Call it after `requires_grad` is set and before the engine is made."""
+    theirs, saved = dict(teacher.named_parameters()), 0
+    for module_name, module in student.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            twin = theirs.get(f"{module_name}.{name}")
+            if parameter is None or parameter.requires_grad or twin is None or parameter is twin:
+                continue
+            if parameter.dtype == twin.dtype and torch.equal(parameter, twin):
+                module._parameters[name] = twin
+                saved += parameter.numel() * parameter.element_size()
+    if student.config.tie_word_embeddings:
+        student.tie_weights()
+    return saved
