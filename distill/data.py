@@ -1,0 +1,220 @@
+"""The order of samples: sequence `index` of a corpus is a pure function of (key, sources), whatever asks for it.
+
+Every source is packed on its own (`packing.py`). Sequences of several sources are dealt in blocks: a block holds a
+fixed number of each, shuffled by a hash of (key, block); within a source, sequences are permuted anew each epoch.
+Without weights a block is one epoch of everything; with weights, BLOCK sequences in their proportion. So resuming is
+going on at an index, and the number of processes changes nothing. Twin: tests/distill/test_data.py.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltanet.errors import UserError
+
+from .order import permutation
+from .packing import Packing, Sequence, assemble, pack_best_fit, pack_wrapped, with_repeats
+from .token_cache import Tokens
+
+BLOCK = 1024  # sequences; weights are exact to one in this many
+_DOCUMENTS, _SEQUENCES, _BLOCKS, _REPEATS = range(4)  # what a hash is for
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents of a source as spans of its tokens: start, stop (documents) int64."""
+
+    tokens: Tokens
+    start: np.ndarray
+    stop: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.stop - self.start).sum())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of one source: tokens in = packed + dropped, exactly. Shares are of the packed documents."""
+
+    source: str
+    documents: int
+    tokens: int
+    packed: int
+    dropped: int
+    dropped_documents: int
+    cut_answers: int
+    supervised: int
+    stop_share: float
+    sequences: int
+    padding: int
+
+
+def whole(tokens: Tokens) -> Part:
+    """All documents of a source."""
+    return Part(tokens, tokens.bounds[:-1], tokens.bounds[1:])
+
+
+def split(tokens: Tokens, held_out: float) -> tuple[Part, Part]:
+    """The source without its last share of tokens, and that share. A text is cut where the share begins; a chat in
+    which it begins is held out whole. Raises UserError where nothing is left to train on."""
+    everything = whole(tokens)
+    border = int(tokens.facts.tokens * (1 - held_out))
+    first = int(np.searchsorted(tokens.bounds, border, side="right")) - 1
+    if held_out == 0:
+        return everything, Part(tokens, everything.start[:0], everything.stop[:0])
+    cut = tokens.kind == "text" and border > tokens.bounds[first]
+    train = Part(tokens, everything.start[: first + cut], np.append(everything.stop[:first], [border] * cut))
+    held = Part(tokens, np.append([border] * cut, everything.start[first + cut :]), everything.stop[first:])
+    if not train.num_tokens:
+        raise UserError(f"source {tokens.name}: a share of {held_out} held out leaves nothing to train on")
+    return train, Part(tokens, held.start.astype(np.int64), held.stop.astype(np.int64))
+
+
+class Corpus:
+    """`corpus[index]` is packed sequence `index`, for every index >= 0; `len(corpus)` is one epoch of everything."""
+
+    def __init__(
+        self,
+        parts: Many[Part],
+        *,
+        seq_len: int,
+        key: Many[int] = (0,),
+        weights: Many[float] | None = None,
+        packing: str = "wrapped",
+        too_long: str = "cut",
+        repeats: float = 0.0,
+        pad_id: int = 0,
+    ):
+        """`packing` is for texts; chats are never cut by it and always packed best_fit, after `too_long` (cut or drop)
+        has dealt with those over seq_len. Raises UserError for a source without a sequence or without a target, and
+        for a weight below one in BLOCK."""
+        self.seq_len, self.key, self.repeats, self.pad_id = seq_len, tuple(key), repeats, pad_id
+        self.packing = packing
+        prepared = [_fit(part, seq_len, too_long) for part in parts]
+        self.parts = [part for part, _ in prepared]
+        self._fixed = [
+            None if self._is_wrapped(part) else pack_best_fit(part.stop - part.start, seq_len) for part in self.parts
+        ]
+        self.sizes = [
+            -(-part.num_tokens // seq_len) if fixed is None else len(fixed)
+            for part, fixed in zip(self.parts, self._fixed)
+        ]
+        self.counts = self._counts(weights)
+        self.reports = [
+            Report(**facts, sequences=size, padding=size * seq_len - facts["packed"])
+            for (_, facts), size in zip(prepared, self.sizes)
+        ]
+        order = [key, weights, packing, too_long, repeats, seq_len, [part.tokens.digest for part in self.parts]]
+        spans = [hashlib.sha256(part.start.tobytes() + part.stop.tobytes()).hexdigest() for part in self.parts]
+        self.digest = hashlib.sha256(json.dumps([order, spans]).encode()).hexdigest()
+        # Bound to the object, so that a corpus that is dropped frees them.
+        self._block = functools.lru_cache(maxsize=2)(self._make_block)
+        self._epoch = functools.lru_cache(maxsize=2 * len(self.parts))(self._make_epoch)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, index: int) -> Sequence:
+        if index < 0:
+            raise IndexError(index)
+        source, inner = self.locate(index)
+        part = self.parts[source]
+        packing, order = self._epoch(source, inner // self.sizes[source])
+        pieces, marks = [], []
+        for document, start, stop in packing.pieces(int(order[inner % self.sizes[source]])):
+            span = slice(part.start[document] + start, part.start[document] + stop)
+            pieces.append(part.tokens.ids[span].astype(np.int64))
+            marks.append(None if part.tokens.marks is None else part.tokens.marks[span].astype(bool))
+        if self.repeats and part.tokens.marks is None:
+            pieces = with_repeats(pieces, self.repeats, *self.key, _REPEATS, index)
+        return assemble(pieces, self.seq_len, self.pad_id, marks)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(source, how many sequences of that source come before)."""
+        block, place = divmod(index, sum(self.counts))
+        sources, ranks = self._block(block)
+        source = int(sources[place])
+        return source, block * self.counts[source] + int(ranks[place])
+
+    def _is_wrapped(self, part: Part) -> bool:
+        return self.packing == "wrapped" and part.tokens.kind == "text"
+
+    def _counts(self, weights: Many[float] | None) -> list[int]:
+        if weights is None:
+            return self.sizes
+        shares = np.array(weights, np.float64) / sum(weights) * BLOCK
+        counts = np.floor(shares).astype(int)
+        missing = BLOCK - int(counts.sum())
+        counts[np.argsort(-(shares - counts), kind="stable")[:missing]] += 1
+        for part, count, weight in zip(self.parts, counts, weights):
+            if count == 0:
+                raise UserError(
+                    f"source {part.tokens.name}: a weight of {weight} is below 1/{BLOCK} of all, it would never be seen"
+                )
+        return counts.tolist()
+
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each place of a block, and how many of that source come before it within the block."""
+        counts = self.counts
+        sources = np.repeat(np.arange(len(counts)), counts)[permutation(sum(counts), *self.key, _BLOCKS, block)]
+        ranks = np.empty(len(sources), np.int64)
+        for source, count in enumerate(counts):
+            ranks[sources == source] = np.arange(count)
+        return sources, ranks
+
+    def _make_epoch(self, source: int, epoch: int) -> tuple[Packing, np.ndarray]:
+        """The packing of a source in an epoch and the order of its sequences."""
+        packing, part = self._fixed[source], self.parts[source]
+        if packing is None:
+            documents = permutation(len(part.start), *self.key, _DOCUMENTS, source, epoch)
+            packing = pack_wrapped(part.stop - part.start, self.seq_len, documents)
+        return packing, permutation(self.sizes[source], *self.key, _SEQUENCES, source, epoch)
+
+
+def _fit(part: Part, seq_len: int, too_long: str) -> tuple[Part, dict]:
+    """The documents as they can be packed, and what had to go. Texts always fit, since packing may cut them."""
+    tokens, lengths = part.tokens, part.stop - part.start
+    facts = {"source": tokens.name, "documents": len(lengths), "tokens": int(lengths.sum())}
+    if tokens.marks is None:
+        if facts["tokens"] < seq_len:
+            raise UserError(
+                f"source {tokens.name}: {facts['tokens']} tokens in all, fewer than one sequence of {seq_len}; give it "
+                "more text or lower seq_len"
+            )
+        stopped = tokens.facts.stopped / tokens.facts.documents
+        return part, facts | {
+            "packed": facts["tokens"], "dropped": 0, "dropped_documents": 0, "cut_answers": 0,
+            "supervised": facts["tokens"], "stop_share": stopped,
+        }  # fmt: skip
+    stop = part.stop.copy()
+    keep = np.ones(len(lengths), bool)
+    supervised, cut, stopped = 0, 0, 0
+    for index, (begin, end) in enumerate(zip(part.start.tolist(), part.stop.tolist())):
+        marked = np.flatnonzero(tokens.marks[begin:end])
+        marked = marked[marked > 0]  # the first token of a document is never a target
+        within = marked[marked < seq_len]
+        is_long = end - begin > seq_len
+        if not len(within) or (is_long and too_long == "drop"):
+            keep[index] = False
+            continue
+        stop[index] = min(end, begin + seq_len)
+        supervised += len(within)
+        cut += len(within) < len(marked)
+        stopped += len(within) == len(marked)
+    kept = Part(tokens, part.start[keep], stop[keep])
+    if not keep.any():
+        raise UserError(
+            f"source {tokens.name}: none of its {len(lengths)} conversations has an answer within {seq_len} tokens, so "
+            "there is nothing to learn; raise seq_len"
+        )
+    whole_share = tokens.facts.stopped / tokens.facts.documents  # 1.0: the encoder refuses an answer without a stop
+    return kept, facts | {
+        "packed": kept.num_tokens, "dropped": facts["tokens"] - kept.num_tokens,
+        "dropped_documents": int((~keep).sum()), "cut_answers": cut, "supervised": supervised,
+        "stop_share": whole_share * stopped / int(keep.sum()),
+    }  # fmt: skip

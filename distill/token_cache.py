@@ -1,0 +1,197 @@
+"""A source tokenised once: memory-mapped ids on disk, under a name that is the digest of everything that made them.
+
+The folder NAME holds ids.bin (uint16 or uint32), bounds.bin (int64: where documents begin, and the end), for chats
+marks.bin (uint8: 1 where a token is supervised) and facts.json with the counts and the sizes of the files. It appears
+by one rename when complete, so several processes may make the same one. Twin: tests/distill/test_data.py.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deltanet.errors import DeltanetError, UserError
+
+from .chat import encode_chat
+from .documents import find_files, read_source
+from .schema import Source
+
+FORMAT = 1
+BATCH = 256  # documents given to the tokenizer at once; it spreads them over the cores
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one source: `supervised` counts tokens that may be targets, `stopped` documents whose last such is a stop."""
+
+    documents: int
+    tokens: int
+    supervised: int
+    stopped: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The documents of a source: document i is ids[bounds[i] : bounds[i + 1]]; marks is None where all supervise."""
+
+    name: str
+    kind: str
+    digest: str
+    ids: np.ndarray
+    bounds: np.ndarray
+    marks: np.ndarray | None
+    facts: Facts
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """sha256 of what decides the ids: the vocabulary and its rules, the special tokens, the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    return _digest([rules, special, tokenizer.chat_template])
+
+
+def check_same_tokenizer(teacher, student) -> None:
+    """Raises UserError naming the first difference, since a distillation compares the two models token by token."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    for token in sorted({*ours, *theirs}, key=lambda token: theirs.get(token, ours.get(token))):
+        if ours.get(token) != theirs.get(token):
+            raise UserError(
+                f"the student's tokenizer is not its teacher's: {token!r} is {ours.get(token, 'absent')} in the "
+                f"student and {theirs.get(token, 'absent')} in the teacher"
+            )
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(student, name) != getattr(teacher, name):
+            raise UserError(
+                f"the student's tokenizer is not its teacher's: {name} is {getattr(student, name)} in the student "
+                f"and {getattr(teacher, name)} in the teacher"
+            )
+
+
+def tokenise(
+    source: Source,
+    tokenizer,
+    cache: Path,
+    *,
+    vocab_size: int,
+    train_on: str = "assistant",
+    stop_ids: Collection[int] = (),
+) -> Tokens:
+    """The tokens of a source, from the cache folder or made now.
+
+    A text is what the tokenizer makes of it with its special tokens, ended by eos; a chat as in `chat.py`. stop_ids
+    are ids that end a turn besides the tokenizer's eos. Raises UserError for unreadable or empty sources, refused
+    chats, and ids of vocab_size or more; DeltanetError where the cache cannot be written.
+    """
+    stop_ids = {*stop_ids, *({tokenizer.eos_token_id} - {None})}
+    files = find_files(source)
+    made_by = source.model_dump(mode="json", exclude={"name", "weight", "path"})
+    contents = [file_digest(file) for file in files]
+    chat_rule = [train_on, sorted(stop_ids)] if source.kind == "chat" else None
+    digest = _digest([FORMAT, made_by, contents, tokenizer_digest(tokenizer), chat_rule])
+    folder = cache / digest[:32]
+    if not folder.is_dir():
+        documents = _encode(source, files, tokenizer, stop_ids, train_on)
+        try:
+            _write(folder, documents, vocab_size, source, stop_ids)
+        except OSError as error:
+            raise DeltanetError(f"{cache}: cannot write the tokens of {source.name}: {error.strerror}") from None
+    return _open(folder, source, digest, vocab_size)
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _encode(source: Source, files, tokenizer, stop_ids, train_on) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    documents = read_source(source, files)
+    if source.kind == "chat":
+        for place, messages in documents:
+            yield encode_chat(messages, tokenizer, stop_ids, train_on, place)
+        return
+    end = tokenizer.eos_token_id
+    batch: list[str] = []
+
+    def flush():
+        for ids in tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]:
+            yield np.array(ids if end is None or ids[-1:] == [end] else [*ids, end], np.int64), None
+        batch.clear()
+
+    for _, text in documents:
+        batch.append(text)
+        if len(batch) == BATCH:
+            yield from flush()
+    if batch:
+        yield from flush()
+
+
+def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: set[int]) -> None:
+    staging = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    staging.mkdir(parents=True)
+    try:
+        dtype = _id_dtype(vocab_size)
+        bounds, supervised, stopped = [0], 0, 0
+        with contextlib.ExitStack() as stack:
+            ids_file = stack.enter_context(open(staging / "ids.bin", "wb"))
+            marks_file = stack.enter_context(open(staging / "marks.bin", "wb")) if source.kind == "chat" else None
+            for ids, marks in documents:
+                if len(ids) and int(ids.max()) >= vocab_size:
+                    raise UserError(
+                        f"source {source.name}: the tokenizer makes the id {ids.max()}, but the model has {vocab_size} "
+                        "tokens: this is not the model's tokenizer"
+                    )
+                ids_file.write(ids.astype(dtype).tobytes())
+                bounds.append(bounds[-1] + len(ids))
+                if marks_file is not None:
+                    marks_file.write(marks.astype(np.uint8).tobytes())
+                last = np.flatnonzero(marks)[-1:] if marks is not None else np.arange(len(ids))[-1:]
+                supervised += int(marks.sum()) if marks is not None else len(ids)
+                stopped += bool(len(last)) and int(ids[last[0]]) in stop_ids
+        if bounds[-1] == 0:
+            where = ", ".join(source.path) if source.path else source.dataset
+            raise UserError(f"source {source.name}: {where}: no text in it")
+        np.array(bounds, np.int64).tofile(staging / "bounds.bin")
+        sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
+        facts = Facts(len(bounds) - 1, bounds[-1], supervised, stopped)
+        (staging / "facts.json").write_text(json.dumps({"facts": asdict(facts), "sizes": sizes}))
+        for file in staging.iterdir():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+        # Another process may have been faster; its folder is the same by its name.
+        with contextlib.suppress(FileExistsError, OSError) if folder.is_dir() else contextlib.nullcontext():
+            os.rename(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _id_dtype(vocab_size: int) -> type:
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def _open(folder: Path, source: Source, digest: str, vocab_size: int) -> Tokens:
+    try:
+        stored = json.loads((folder / "facts.json").read_text())
+        if any((folder / name).stat().st_size != size for name, size in stored["sizes"].items()):
+            raise ValueError("a file has another size than when it was written")
+        facts = Facts(**stored["facts"])
+        ids = np.memmap(folder / "ids.bin", _id_dtype(vocab_size), "r")
+        bounds = np.fromfile(folder / "bounds.bin", np.int64)
+        if len(ids) != facts.tokens or len(bounds) != facts.documents + 1:
+            raise ValueError("the counts do not agree")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: damaged tokens of source {source.name} ({error}); delete the folder") from None
+    marks = np.memmap(folder / "marks.bin", np.uint8, "r") if source.kind == "chat" else None
+    return Tokens(source.name or "", source.kind, digest, ids, bounds, marks, facts)
