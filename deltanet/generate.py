@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers.utils import logging
 
 from .errors import UserError, nearest
 
@@ -32,6 +33,7 @@ def pick_dtype(name: str) -> torch.dtype | str:
 def load(model: str, device: torch.device, dtype: torch.dtype | str):
     """(model, tokenizer) of a checkpoint folder, student or plain transformer. Raises UserError if it is neither."""
     folder = Path(model)
+    logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise UserError(f"{model}: not a checkpoint folder (no config.json)")
     try:
