@@ -182,15 +182,33 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
 
 
 def distill_parser() -> argparse.ArgumentParser:
-    return _parser(
+    parser = _parser(
         "deltanet-distill",
-        "Distil a student against its teacher, as a recipe says.",
-        "example:\n  deltanet-distill recipes/quickstart.yaml",
+        "Distil a student against its teacher, as a recipe says. A run that was stopped goes on where it was.",
+        "examples:\n"
+        "  deltanet-distill recipes/quickstart.yaml\n"
+        "  deltanet-distill recipes/stories.yaml stages.align.steps=100 --output runs/try\n"
+        "  torchrun --nproc-per-node 8 --no-python deltanet-distill recipes/qwen3-8b.yaml",
     )
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help="changes a key of the recipe")
+    parser.add_argument("-o", "--output", metavar="DIR", help="folder of the run (default: runs/NAME of the recipe)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="go on from the newest good commit (auto), refuse a folder that has one (never), or from the commit "
+        "PATH (default: auto)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print data, stages and memory; train nothing")
+    parser.add_argument("--print-config", action="store_true", help="print the recipe with every default filled in")
+    return parser
 
 
 def distill_main(argv: Sequence[str] | None = None) -> int:
     def call(arguments: argparse.Namespace) -> None:
-        raise NotImplementedError
+        from distill.command import run
+
+        run(arguments)
 
     return _run(distill_parser(), argv, call)

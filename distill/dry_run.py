@@ -1,0 +1,124 @@
+"""What a run would do, without doing it: sources and tokens, stages in numbers, memory by ZeRO stage.
+
+Memory is counted, not measured: parameters, gradients, float32 masters and two moments of what is trained, the frozen
+rest and the teacher; activations, buffers and the chunk of logits come on top. Twin: tests/distill/test_dry_run.py.
+"""
+
+from pathlib import Path
+
+import torch
+
+from convert.command import GATES, load_tokenizer
+from convert.families import teacher_config
+from convert.layouts import parse_layout
+from convert.plan import student_config
+from convert.sources import open_source
+from deltanet import DeltaNetConfig, DeltaNetForCausalLM
+from deltanet.errors import UserError
+
+from .engine import World
+from .prepare import StagePlan, plan_stages, prepare
+from .schema import Recipe
+from .trainable import parameter_groups, trained_names
+
+
+def describe(recipe: Recipe, cache: Path) -> str:
+    """The plan as text; `cache` takes the tokens. Raises UserError for whatever would stop the run at its start."""
+    world = World(0, 1, torch.device("cpu"))
+    with open_source(recipe.teacher.model, recipe.teacher.revision) as source:
+        teacher = teacher_config(source.folder)
+        tokenizer = load_tokenizer(source.folder)
+        if tokenizer is None:
+            raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
+        config = _student(recipe, teacher)
+        stop = teacher.eos_token_id
+        stop_ids = [stop] if isinstance(stop, int) else stop or []
+        prepared = prepare(recipe, tokenizer, teacher.vocab_size, stop_ids, cache, world)
+        plans = plan_stages(recipe, prepared)
+    lines = [f"teacher  {recipe.teacher.model}, {_count(teacher) / 1e6:,.1f} M parameters"]
+    kinds = config.layer_types
+    lines.append(
+        f"student  {_count(config) / 1e6:,.1f} M parameters, {kinds.count('linear_attention')} of {len(kinds)} layers "
+        f"linear ({config.mixer}, {config.state_heads} states)"
+    )
+    lines.append("\nsource               documents      tokens     dropped  sequences")
+    for report in {report.source: report for plan in plans for report in plan.reports}.values():
+        lines.append(
+            f"{report.source:<18}{report.documents:>12,}{report.tokens:>12,}{report.dropped:>12,}{report.sequences:>11,}"
+        )
+    held = sum(part.num_tokens for part in prepared.held_out)
+    lines.append(f"held out: {held:,} tokens")
+    lines.append("\nstage         kind        steps  batch x length      tokens    epochs    trained")
+    for plan in plans:
+        lines.append(_stage_line(plan, config))
+    lines.append(_memory(recipe, plans, config, teacher))
+    return "\n".join(lines)
+
+
+def _student(recipe: Recipe, teacher: DeltaNetConfig) -> DeltaNetConfig:
+    folder = Path(recipe.student.model) if recipe.student.model else None
+    if folder is not None and (folder / "config.json").is_file():
+        return DeltaNetConfig.from_pretrained(folder)
+    wish = recipe.student.convert
+    if wish is None:
+        raise UserError(f"student.model: {folder} is no checkpoint (no config.json), and no `convert:` makes it")
+    layout = parse_layout(wish.hybrid, teacher.layer_types, teacher.sliding_window)
+    read_gate, output_gate = GATES[wish.gate]
+    return student_config(
+        teacher,
+        layout,
+        mixer=wish.mixer,
+        state_heads=wish.state_heads,
+        skip_taps=wish.skip_conv,
+        conv_kernel=wish.conv,
+        beta_max=wish.beta_range,
+        read_gate=read_gate,
+        output_gate=output_gate,
+    )
+
+
+def _parameters(config: DeltaNetConfig) -> dict[str, torch.nn.Parameter]:
+    with torch.device("meta"):
+        return dict(DeltaNetForCausalLM(config).named_parameters())
+
+
+def _count(config: DeltaNetConfig) -> int:
+    return sum(parameter.numel() for parameter in _parameters(config).values())
+
+
+def _trained(plan: StagePlan, config: DeltaNetConfig) -> int:
+    parameters = _parameters(config)
+    names = trained_names(list(parameters), plan.stage, config)
+    parameter_groups({name: parameters[name] for name in names}, plan.stage, config)
+    return sum(parameters[name].numel() for name in names)
+
+
+def _stage_line(plan: StagePlan, config: DeltaNetConfig) -> str:
+    epochs = plan.num_steps * plan.batch_size / len(plan.corpus)
+    return (
+        f"{plan.stage.name:<14}{plan.stage.kind:<10}{plan.num_steps:>7,}  {plan.batch_size:>6} x {plan.seq_len:<6,}"
+        f"{plan.num_tokens:>12,}{epochs:>10.2f}{_trained(plan, config) / 1e6:>9,.1f} M"
+    )
+
+
+def _memory(recipe: Recipe, plans: list[StagePlan], config: DeltaNetConfig, teacher: DeltaNetConfig) -> str:
+    """Gigabytes of one process, of 1 and of 8, for the stage that trains most."""
+    trained = max(_trained(plan, config) for plan in plans)
+    frozen, other = _count(config) - trained, _count(teacher)
+    low = recipe.training.dtype == "bfloat16"
+    lines = [
+        f"\nGB a process, counted ({recipe.training.dtype}; activations come on top)",
+        "ZeRO      1 process    8 processes",
+    ]
+    for zero in range(4):
+        cast = low and zero > 0
+        figures = []
+        for size in (1, 8):
+            parameters = trained * (2 if cast else 4) / (size if zero == 3 else 1)
+            gradients = trained * 4 / (size if zero >= 2 else 1)
+            optimizer = trained * (8 + (4 if zero > 0 else 0)) / (size if zero >= 1 else 1)
+            rest = frozen * (2 if cast else 4) / (size if zero == 3 else 1) + other * (2 if cast else 4)
+            figures.append((parameters + gradients + optimizer + rest) / 1e9)
+        mark = "  <- this recipe" if zero == recipe.deepspeed.stage else ""
+        lines.append(f"{zero:<6}{figures[0]:>13.2f}{figures[1]:>15.2f}{mark}")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""From a recipe to what its stages will read: tokens of every source, the held-out part, and each stage in numbers.
+
+Rank 0 tokenises into the run's cache, the others open what it made. Twin: tests/distill/test_prepare.py.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltanet.errors import UserError
+
+from .data import Corpus, Part, Report, split, whole
+from .engine import World
+from .packing import Sequence
+from .schedules import Schedule
+from .schema import Recipe, Source, Stage
+from .token_cache import tokenise
+
+HELD_OUT_KEY = 1 << 20  # apart from the stages' own keys, which are their numbers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The tokens of a run: for training by source name, and for evaluation."""
+
+    train: dict[str, Part]
+    held_out: list[Part]
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage with every number settled, and its training text."""
+
+    index: int
+    stage: Stage
+    num_steps: int
+    batch_size: int
+    micro_batch_size: int
+    seq_len: int
+    corpus: Corpus
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_steps * self.batch_size * self.seq_len
+
+    @property
+    def schedule(self) -> Schedule:
+        stage = self.stage
+        return Schedule(
+            stage.schedule, self.num_steps, stage.warmup_steps, stage.final_lr_fraction, stage.decay_fraction
+        )
+
+    @property
+    def reports(self) -> list[Report]:
+        return self.corpus.reports
+
+
+def prepare(
+    recipe: Recipe, tokenizer, vocab_size: int, stop_ids: Collection[int], cache: Path, world: World
+) -> Prepared:
+    """Tokenises all sources. Raises UserError for what is wrong with them, on every rank."""
+
+    def read(source: Source):
+        return tokenise(
+            source, tokenizer, cache, vocab_size=vocab_size, train_on=recipe.data.train_on, stop_ids=stop_ids
+        )
+
+    sources = [*recipe.data.sources, *recipe.evaluation.sources]
+    if world.size > 1:
+        once(world, lambda: [read(source) for source in sources] and None)
+    train, held_out = {}, []
+    for source in recipe.data.sources:
+        share = 0.0 if recipe.evaluation.sources else recipe.data.held_out
+        train[source.name], held = split(read(source), share)
+        held_out.append(held)
+    if recipe.evaluation.sources:
+        held_out = [whole(read(source)) for source in recipe.evaluation.sources]
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return Prepared(train, [part for part in held_out if part.num_tokens], pad_id)
+
+
+def once(world: World, call):
+    """Rank 0's result of `call`, on every rank; its error is raised on every rank too, so that none waits."""
+    result, error = None, None
+    if world.is_main:
+        try:
+            result = call()
+        except Exception as problem:
+            error = problem
+    result, error = world.broadcast((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def plan_stages(recipe: Recipe, prepared: Prepared) -> list[StagePlan]:
+    """Every stage in numbers. Raises UserError where its sources cannot fill a sequence."""
+    plans = []
+    for index, stage in enumerate(recipe.stages):
+        names = stage.sources or tuple(prepared.train)
+        weights = {source.name: source.weight for source in recipe.data.sources}
+        seq_len = stage.seq_len or recipe.data.seq_len
+        batch_size = stage.batch_size or recipe.training.batch_size
+        corpus = Corpus(
+            [prepared.train[name] for name in names],
+            seq_len=seq_len,
+            key=(recipe.data.seed, index),
+            weights=None if weights[names[0]] is None else [weights[name] for name in names],
+            packing=recipe.data.packing,
+            too_long=recipe.data.too_long,
+            repeats=recipe.data.repeats,
+            pad_id=prepared.pad_id,
+        )
+        steps = stage.steps or math.ceil(stage.tokens / (batch_size * seq_len))
+        micro = stage.micro_batch_size or recipe.training.micro_batch_size
+        plans.append(StagePlan(index, stage, steps, batch_size, micro, seq_len, corpus))
+    return plans
+
+
+def held_out_sequences(recipe: Recipe, prepared: Prepared) -> list[Sequence]:
+    """Up to evaluation.tokens of held-out text, in sequences of data.seq_len (shorter where there is less).
+
+    Raises UserError where nothing is held out.
+    """
+    parts = prepared.held_out
+    if not parts:
+        raise UserError("nothing is held out for evaluation: set data.held_out above 0 or give evaluation.sources")
+    seq_len = min(recipe.data.seq_len, *(part.num_tokens for part in parts))
+    corpus = Corpus(parts, seq_len=seq_len, key=(recipe.data.seed, HELD_OUT_KEY), pad_id=prepared.pad_id)
+    count = max(1, min(len(corpus), recipe.evaluation.tokens // seq_len))
+    return [corpus[index] for index in range(count)]

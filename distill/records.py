@@ -1,0 +1,113 @@
+"""What a run writes down before its first step: the resolved recipe, where and with what it runs, what it reads.
+
+A run is resumed only with a recipe that computes the same. Twin: tests/distill/test_records.py.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from deltanet.errors import UserError
+
+from .engine import World
+from .prepare import Prepared, StagePlan
+from .recipe import changes, load_recipe, show
+from .redact import mask
+from .schema import Recipe
+from .token_cache import file_digest
+
+PACKAGES = ("deltanet", "torch", "triton", "transformers", "deepspeed", "peft", "safetensors", "datasets", "numpy")
+RECIPE = "recipe.yaml"
+
+
+def check_recipe_unchanged(folder: Path, recipe: Recipe) -> None:
+    """Raises UserError with the differences where the run in `folder` was started with another recipe."""
+    if not (folder / RECIPE).is_file():
+        return
+    differences = changes(load_recipe(folder / RECIPE), recipe)
+    if differences:
+        raise UserError(
+            f"{folder}: the run was started with another recipe: {'; '.join(differences)}. "
+            "Change it back, or give the new recipe an --output of its own"
+        )
+
+
+def write_records(
+    folder: Path,
+    recipe: Recipe,
+    teacher: Path,
+    student: Path,
+    prepared: Prepared,
+    plans: list[StagePlan],
+    world: World,
+) -> None:
+    """Writes recipe.yaml, environment.json and inputs.json. Raises UserError where the inputs of a run that goes on
+    are no longer those it was started with."""
+    inputs = {
+        "teacher": _digests(teacher),
+        "student": _digests(student),
+        "sources": {name: part.tokens.digest for name, part in prepared.train.items()},
+        "stages": {plan.stage.name: plan.corpus.digest for plan in plans},
+    }
+    path = folder / "inputs.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for kind, digests in inputs.items():
+            for name in sorted(digests.keys() | before[kind].keys()):
+                if digests.get(name) != before[kind].get(name):
+                    raise UserError(f"{folder}: {kind} {name} is not what the run was started with; restore it")
+    data = {plan.stage.name: [asdict(report) for report in plan.reports] for plan in plans}
+    _write(path, json.dumps(inputs | {"data": data}, indent=2))
+    _write(folder / "environment.json", json.dumps(_environment(world), indent=2))
+    _write(folder / RECIPE, show(recipe))
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file that decides what a checkpoint folder is."""
+    names = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".model"))
+    return {path.name: file_digest(path) for path in names}
+
+
+def _environment(world: World) -> dict:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": [mask(argument) for argument in sys.argv],
+        "python": platform.python_version(),
+        "versions": versions,
+        "source": _source(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "processes": world.size,
+    }
+
+
+def _source() -> str | None:
+    """The commit of the source tree this runs from, `+changes` if it differs; None where it is no git tree."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+changes"], cwd=here, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,300 @@
+"""One distillation from recipe to export, in a folder that holds everything about it.
+
+    run/recipe.yaml environment.json inputs.json    written before step 1
+    run/student/            the converted student, where the recipe converts one
+    run/tokens/             the sources, tokenised once
+    run/commits/step-N/     atomic checkpoints; the newest that verifies is where the run goes on
+    run/metrics.jsonl report.json report.md loss.png
+    run/export/             the finished student
+
+Every stage starts from a folder (the student's, or a commit), so going on to the next stage and resuming after a kill
+are the same thing. Twins: tests/distill/test_run.py, tests/fault/test_kill.py.
+"""
+
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from convert.command import convert, load_tokenizer
+from convert.loading import load_teacher
+from convert.sources import open_source
+from deltanet import DeltaNetForCausalLM, load_student
+from deltanet.errors import Interrupted, UserError
+
+from .commit import Commit, drop_newer, locked, newest_commit, verify, write_commit
+from .engine import Engine, EngineSettings, World, start_world
+from .evaluate import compare, mean_parts
+from .export import export
+from .interrupts import Interrupts
+from .loop import Job, Rim, positions_of, train
+from .metrics import MetricsLog, read_metrics, trackers
+from .prepare import Prepared, StagePlan, held_out_sequences, once, plan_stages, prepare
+from .recipe import load_recipe, show
+from .records import check_recipe_unchanged, write_records
+from .report import sample, write_report
+from .schema import Recipe
+from .stages import PREFIX, Align, Whole, needs_teacher, share_frozen
+from .state import STUDENT, Marks, load_moments, write_state
+from .trainable import parameter_groups, trained_names
+
+
+def distil(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    output: str | Path | None = None,
+    resume: str = "auto",
+) -> dict:
+    """Runs the recipe at `path` in the folder `output` (runs/NAME by default) and returns the report's facts.
+
+    resume: `auto` goes on from the newest commit, `never` refuses a folder that has one, else the folder of a commit.
+    Raises UserError for wrong input, Interrupted (exit code 75) after a signal, with everything committed.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    recipe = load_recipe(path, overrides)
+    folder = Path(output) if output is not None else Path("runs") / Path(path).stem
+    with Interrupts() as interrupts, open_source(recipe.teacher.model, recipe.teacher.revision) as source:
+        world = start_world()
+        with locked(folder) if world.is_main else contextlib.nullcontext():
+            run = _Run(recipe, folder, source.folder, world, interrupts)
+            return run.everything(resume)
+
+
+class _Run:
+    """The steps of a run, in the order of `everything`."""
+
+    def __init__(self, recipe: Recipe, folder: Path, teacher: Path, world: World, interrupts: Interrupts):
+        self.recipe, self.folder, self.world, self.interrupts = recipe, folder, world, interrupts
+        self.teacher_folder, self.commits = teacher, folder / "commits"
+        training, sharding = recipe.training, recipe.deepspeed
+        self.settings = EngineSettings(
+            zero_stage=sharding.stage,
+            precision="bf16" if training.dtype == "bfloat16" else "fp32",
+            offload_optimizer=sharding.offload_optimizer == "cpu",
+            offload_parameters=sharding.offload_parameters == "cpu",
+            extra=sharding.extra,
+        )
+
+    def everything(self, resume: str) -> dict:
+        once(self.world, lambda: check_recipe_unchanged(self.folder, self.recipe))
+        commit = once(self.world, lambda: self._find_commit(resume))
+        self.start = self._student_folder()
+        self._check_interrupted("nothing was trained yet")
+        tokenizer = load_tokenizer(self.teacher_folder)
+        if tokenizer is None:
+            raise UserError(f"teacher.model: {self.recipe.teacher.model} has no tokenizer, so no text can be read")
+        self.tokenizer = tokenizer
+        self.teacher = self._load_teacher()
+        vocab_size = self.teacher.config.vocab_size
+        self.vocab_size = min(vocab_size, len(tokenizer))
+        stop_ids = self.teacher.config.eos_token_id
+        stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
+        prepared = prepare(self.recipe, tokenizer, vocab_size, stop_ids, self.folder / "tokens", self.world)
+        self.plans = plan_stages(self.recipe, prepared)
+        self.held_out = held_out_sequences(self.recipe, prepared)
+        once(self.world, lambda: self._write_records(prepared))
+        self._check_interrupted("nothing was trained yet")
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        if self.world.is_main:
+            self.log.sinks = trackers(self.recipe.logging, self.folder, self.folder.name)
+
+        results = [{"model": "teacher", **self._figures(self.teacher, None)}]
+        if commit is None:
+            results.append(self._measure_folder("converted", self.start))
+        else:
+            results = commit.info["results"]
+        commit = self._train_from(commit, results)
+        return self._finish(commit, results)
+
+    def _find_commit(self, resume: str) -> Commit | None:
+        if resume in ("auto", "never"):
+            found = newest_commit(self.commits, report=_say)
+            if resume == "never" and found is not None:
+                raise UserError(
+                    f"--resume never: {self.folder} holds the commit {found.folder.name}; use another --output"
+                )
+        else:
+            found = verify(Path(resume))
+            drop_newer(self.commits, found.step)
+        if found is not None:
+            _say(f"goes on from {found.folder}")
+        return found
+
+    def _student_folder(self) -> Path:
+        """The student the run starts from; converted now where the recipe says so and it is not there."""
+        student = self.recipe.student
+        folder = Path(student.model) if student.model is not None else self.folder / "student"
+        if student.convert is None and not (folder / "config.json").is_file():
+            raise UserError(
+                f"student.model: {folder} is not a checkpoint folder (no config.json), and no `convert:` makes it"
+            )
+        if student.convert is not None:
+            once(self.world, lambda: self._convert(folder))
+        return folder
+
+    def _convert(self, folder: Path) -> None:
+        if (folder / "config.json").is_file():
+            return
+        _say(f"converts {self.recipe.teacher.model} to {folder}")
+        options = self.recipe.student.convert.model_dump()
+        convert(self.recipe.teacher.model, folder, revision=self.recipe.teacher.revision, **options)
+
+    def _load_teacher(self) -> DeltaNetForCausalLM:
+        names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        dtype = torch.bfloat16 if self.settings.casts_parameters else torch.float32
+        teacher = load_teacher(self.teacher_folder, names.get(self.recipe.teacher.dtype, dtype))
+        return teacher.requires_grad_(False).to(self.world.device)
+
+    def _write_records(self, prepared: Prepared) -> None:
+        write_records(self.folder, self.recipe, self.teacher_folder, self.start, prepared, self.plans, self.world)
+
+    def _train_from(self, commit: Commit | None, results: list[dict]) -> Commit:
+        """Every stage that is not finished. `results` grows by a row after each."""
+        marks = None if commit is None else Marks(**commit.info["marks"])
+        first = 0 if marks is None else marks.stage_index
+        if self.world.is_main:
+            self.log.keep_before(first, 0 if marks is None else marks.step)
+        for plan in self.plans[first:]:
+            goes_on = marks is not None and marks.stage_index == plan.index
+            if not goes_on or marks.step < plan.num_steps:
+                folder = self.start if commit is None else commit.folder / STUDENT
+                commit = self._stage(plan, folder, commit if goes_on else None, marks if goes_on else None, results)
+                gc.collect()
+            results.append(self._measure_folder(f"after {plan.stage.name}", commit.folder / STUDENT))
+            marks = None
+        return commit
+
+    def _stage(
+        self, plan: StagePlan, folder: Path, commit: Commit | None, marks: Marks | None, results: list[dict]
+    ) -> Commit:
+        """Trains one stage from the student in `folder`, and from the moments of `commit` if it goes on."""
+        stage, training = plan.stage, self.recipe.training
+        student = load_student(folder, dtype=torch.float32)
+        names = set(trained_names([name for name, _ in student.named_parameters()], stage, student.config))
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name in names)
+        if self.settings.zero_stage < 3:
+            share_frozen(student, self.teacher)
+        module = self._module(plan, student)
+        trained = {n.removeprefix(PREFIX): p for n, p in module.named_parameters() if p.requires_grad}
+        if missing := sorted(names - trained.keys()):
+            raise UserError(
+                f"stages.{stage.name}.trainable: an {stage.kind} stage cannot train {missing[0]}; allowed: mixers"
+            )
+        groups = parameter_groups(trained, stage, student.config)
+        settings = replace(self.settings, gradient_clipping=stage.clip, betas=stage.adam_betas)
+        engine = Engine(module, groups, settings, self.world)
+        if commit is not None:
+            load_moments(commit.folder, engine, marks.updates)
+        first = 0 if marks is None else marks.step
+        before = sum(other.num_steps for other in self.plans[: plan.index])
+        made: list[Commit] = []
+
+        def save(step: int) -> None:
+            position = Marks(plan.index, stage.name, step, engine.steps, self.world.size)
+            made[:] = [
+                write_commit(
+                    self.commits,
+                    before + step,
+                    lambda target: write_state(target, engine, student, self.world),
+                    {"marks": asdict(position), "results": results},
+                    keep=training.keep_commits,
+                    ranks=self.world,
+                    report=_say,
+                )
+            ]
+
+        def measure() -> dict[str, float]:
+            module.eval()
+            return mean_parts(engine.forward, module.count, self.held_out, self.world)
+
+        job = Job(
+            index=plan.index,
+            name=stage.name,
+            num_steps=plan.num_steps,
+            first_step=first,
+            steps_before=before,
+            batch_size=plan.batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            schedule=plan.schedule,
+            sequence=plan.corpus.__getitem__,
+            seed=training.seed,
+            log_every=self.recipe.logging.every_steps,
+            commit_every_steps=training.commit_every_steps,
+            commit_every_seconds=training.commit_every_seconds,
+            measure_every_steps=self.recipe.evaluation.every_steps,
+            max_skipped_steps=training.max_skipped_steps,
+        )
+        positions_of(0, job, self.world)
+        train(engine, job, Rim(save, measure, self.log, self.interrupts))
+        engine.close()
+        return made[0]
+
+    def _module(self, plan: StagePlan, student: DeltaNetForCausalLM) -> Align | Whole:
+        training, stage = self.recipe.training, plan.stage
+        if stage.kind == "align":
+            module = Align(student, self.teacher, stage)
+            module.checkpointing = training.activation_checkpointing
+            return module
+        if training.activation_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        teacher = self.teacher if needs_teacher(stage) else None
+        return Whole(student, teacher, stage, vocab_size=self.vocab_size, chunk_tokens=training.loss_chunk_tokens)
+
+    def _figures(self, model: DeltaNetForCausalLM, teacher: DeltaNetForCausalLM | None) -> dict[str, float]:
+        bfloat16 = self.settings.precision == "bf16"
+        return compare(model, teacher, self.held_out, self.world, bfloat16=bfloat16, vocab_size=self.vocab_size)
+
+    def _measure_folder(self, name: str, folder: Path) -> dict:
+        model = load_student(folder, dtype=torch.float32, device=self.world.device)
+        return {"model": name, **self._figures(model, self.teacher)}
+
+    def _check_interrupted(self, what: str) -> None:
+        if self.world.sum([float(self.interrupts.requested is not None)])[0]:
+            raise Interrupted(f"stopped by {self.interrupts.requested or 'a signal to another rank'}; {what}")
+
+    def _finish(self, commit: Commit, results: list[dict]) -> dict:
+        """Export, samples of text and the report, by rank 0."""
+
+        def finish() -> dict:
+            prompt = self.recipe.evaluation.prompt
+            student = load_student(commit.folder / STUDENT, dtype=torch.float32, device=self.world.device)
+            samples = {
+                "teacher": sample(self.teacher, self.tokenizer, prompt),
+                "student": sample(student, self.tokenizer, prompt),
+            }
+            out = self.folder / "export"
+            options = self.recipe.export
+            num_parameters = export(
+                commit.folder / STUDENT,
+                self.start,
+                out,
+                dtype=options.dtype,
+                max_shard_size=options.max_shard_size,
+                recipe=show(self.recipe),
+            )
+            facts = {
+                "results": results,
+                "samples": samples,
+                "parameters": num_parameters,
+                "tokens": sum(plan.num_tokens for plan in self.plans),
+                "held_out_tokens": sum(sequence.num_tokens for sequence in self.held_out),
+                "export": str(out),
+            }
+            print(write_report(self.folder, facts, read_metrics(self.log.path)))
+            print(f"\nexport   {out}")
+            return facts
+
+        return once(self.world, finish)
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
