@@ -64,15 +64,13 @@ def split(tokens: Tokens, held_out: float) -> tuple[Part, Part]:
     which it begins is held out whole. Raises UserError where nothing is left to train on."""
     everything = whole(tokens)
     border = int(tokens.facts.tokens * (1 - held_out))
-    first = int(np.searchsorted(tokens.bounds, border, side="right")) - 1
-    if held_out == 0:
-        return everything, Part(tokens, everything.start[:0], everything.stop[:0])
-    cut = tokens.kind == "text" and border > tokens.bounds[first]
-    train = Part(tokens, everything.start[: first + cut], np.append(everything.stop[:first], [border] * cut))
-    held = Part(tokens, np.append([border] * cut, everything.start[first + cut :]), everything.stop[first:])
+    first = int(np.searchsorted(tokens.bounds, border, side="right")) - 1  # the document in which the share begins
+    cut = [border] if tokens.kind == "text" and border > tokens.bounds[first] else []
+    train = Part(tokens, everything.start[: first + len(cut)], np.append(everything.stop[:first], cut).astype(np.int64))
+    held = Part(tokens, np.append(cut, everything.start[first + len(cut) :]).astype(np.int64), everything.stop[first:])
     if not train.num_tokens:
         raise UserError(f"source {tokens.name}: a share of {held_out} held out leaves nothing to train on")
-    return train, Part(tokens, held.start.astype(np.int64), held.stop.astype(np.int64))
+    return train, held
 
 
 class Corpus:

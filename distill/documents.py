@@ -135,7 +135,7 @@ def _decode(data: bytes, file: Path, line: int) -> str:
 
 def _json(text: str, file: Path, line: int) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip())
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{line + error.lineno - 1}: not JSON: {error.msg}") from None
     except RecursionError:

@@ -23,6 +23,7 @@ from .schema import DEFAULTS_OF, LOSSES_OF, READY, Recipe
 from .yaml_lines import KeyPath, dotted, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
+MISSING = "missing"
 # What a run may change when it is resumed; every other key decides what is computed.
 FREE_KEYS = ("logging", "export", "evaluation", "training.commit_every_steps", "training.commit_every_seconds",
              "training.keep_commits", "training.max_skipped_steps")  # fmt: skip
@@ -233,6 +234,8 @@ def _check(recipe: Recipe) -> typing.Iterator[tuple[KeyPath, str]]:
     weights = [source.weight is None for source in recipe.data.sources]
     if any(weights) and not all(weights):
         yield ("data", "sources", weights.index(True)), "give every source a weight, or none"
+    if not recipe.stages:
+        yield ("stages",), "no stage to run"
     if not recipe.data.sources:
         yield ("data", "sources"), "no source of text"
     for index, stage in enumerate(recipe.stages):
@@ -287,7 +290,8 @@ def _path(loc: tuple, value: Any) -> KeyPath:
 def _first(raw: _Raw, complaints: list[tuple[KeyPath, str]]) -> UserError:
     places = [(raw.place(path), message) for path, message in complaints]
     order = {place: rank for rank, place in enumerate(raw.places.values())}
-    places.sort(key=lambda item: order.get(item[0].rpartition(" ")[0], len(order)))
+    # a key is often missing because another one is misspelt, so that one is told first
+    places.sort(key=lambda item: (item[1] == MISSING, order.get(item[0].rpartition(" ")[0], len(order))))
     more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
     return UserError(mask(f"{places[0][0]}: {places[0][1]}{more}"))
 
@@ -312,7 +316,7 @@ def _explain(error: dict) -> str:
         key, allowed = str(error["loc"][-1]), _keys_at(error["loc"][:-1])
         return f"unknown key{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
     if kind == "missing":
-        return "missing"
+        return MISSING
     if kind == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "")
         return f"got {_name(got)}, allowed: {allowed}{nearest(str(got), allowed.split(', '))}"
@@ -321,8 +325,6 @@ def _explain(error: dict) -> str:
     for limit, word in _LIMITS.items():
         if limit in context and kind.startswith(("greater", "less")):
             return f"got {_name(got)}, expected a number {word} {context[limit]:g}"
-    if kind == "too_short":
-        return f"needs at least {context['min_length']} of them"
     return f"got {_name(got)}: {error['msg']}"
 
 
@@ -365,3 +367,7 @@ def _flat(recipe: Recipe, without: tuple[str, ...]) -> dict[str, Any]:
             yield path, value
 
     return dict(walk(recipe.model_dump(mode="json"), ""))
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=1))

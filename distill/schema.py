@@ -175,7 +175,7 @@ class Recipe(Section):
     teacher: Teacher
     student: Student
     data: Data = Data()
-    stages: Many[Stage] = Field(min_length=1)
+    stages: Many[Stage]
     training: Training = Training()
     deepspeed: DeepSpeed = DeepSpeed()
     logging: Logging = Logging()

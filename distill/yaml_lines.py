@@ -25,6 +25,9 @@ _RULES = [  # (tag, pattern, first characters), tried in this order
 ]
 
 
+_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
@@ -34,6 +37,13 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data):
         return True
+
+    def represent_text(self, text):
+        # plain and single-quoted styles would fold these line breaks into spaces
+        return self.represent_scalar("tag:yaml.org,2002:str", text, '"' if _BREAKS.search(text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 for _tag, _pattern, _first in _RULES:

@@ -1,0 +1,126 @@
+"""Laws of reading: every format gives the same documents, every complaint names file and line."""
+
+import gzip
+import json
+
+import pytest
+
+from deltanet.errors import UserError
+from distill.documents import find_files, read_source
+from distill.schema import Source
+
+TEXTS = ["one", "two\nlines", "drei ü"]
+
+
+def read(path, **options):
+    source = Source(name="s", path=[str(path)], **options)
+    return [document for _, document in read_source(source, find_files(source))]
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    files = {
+        "a.jsonl": lines(*({"text": text} for text in TEXTS)),
+        "b.json": json.dumps([{"text": text} for text in TEXTS]),
+        "c.txt": "<|end|>\n".join(TEXTS) + "<|end|>\n\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with gzip.open(tmp_path / f"{name}.gz", "wt", encoding="utf-8") as file:
+            file.write(text)
+        options = {"separator": "<|end|>"} if name == "c.txt" else {}
+        assert read(tmp_path / name, **options) == TEXTS
+        assert read(tmp_path / f"{name}.gz", **options) == TEXTS
+    assert read(tmp_path / "c.txt") == [files["c.txt"]]
+    assert read(tmp_path / "a.jsonl", max_documents=2) == TEXTS[:2]
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "d.parquet")
+    assert read(tmp_path / "d.parquet") == TEXTS
+
+
+def test_globs_are_sorted_blank_documents_skipped_and_a_byte_order_mark_dropped(tmp_path):
+    (tmp_path / "2.jsonl").write_text(lines({"text": "b"}, {"text": "  \n"}) + "\n")
+    (tmp_path / "1.jsonl").write_bytes(b"\xef\xbb\xbf" + lines({"body": "a"}, {"body": "c"}).encode())
+    assert read(tmp_path / "2.jsonl") == ["b"]
+    assert read(tmp_path / "1.jsonl", field="body") == ["a", "c"]
+    source = Source(name="s", path=[str(tmp_path / "*.jsonl")])
+    assert [file.name for file in find_files(source)] == ["1.jsonl", "2.jsonl"]
+
+
+def test_places_point_at_the_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n#\nthree\n#\nfour")
+    source = Source(name="s", path=[str(tmp_path / "a.txt")], separator="#\n")
+    places = [place.removeprefix(str(tmp_path)) for place, _ in read_source(source, find_files(source))]
+    assert places == ["/a.txt:1", "/a.txt:4", "/a.txt:6"]
+
+
+def test_conversations_in_every_known_shape_are_the_same(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    shapes = [
+        {"messages": turns},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"instruction": "q", "input": "", "output": "a"},
+    ]
+    (tmp_path / "a.jsonl").write_text(lines(*shapes))
+    assert read(tmp_path / "a.jsonl", kind="chat") == [turns] * 3
+    (tmp_path / "b.jsonl").write_text(lines({"talk": turns}))
+    assert read(tmp_path / "b.jsonl", kind="chat", field="talk") == [turns]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', {}, r"a.jsonl:2: not JSON: Expecting value"),
+        ('{"text": "a"}\n{"txt": "b"}\n', {}, r"a.jsonl:2: no text or content or document among the keys txt"),
+        ('{"messages": []}\n', {}, r"a.jsonl:1: no text .*`kind: chat` reads conversations"),
+        ('{"text": 5}\n', {}, r"a.jsonl:1 text: expected text, got int"),
+        ("[1]\n", {}, r"a.jsonl:1: expected text, got list"),
+        ('{"text": "\\ud800"}\n', {}, r"a.jsonl:1 text: holds half of a surrogate pair"),
+        ('{"text": "a"}\n', {"field": "body"}, r"a.jsonl:1: no body among the keys text"),
+        ('{"messages": []}\n', {"kind": "chat"}, r"a.jsonl:1 messages: expected a list of messages"),
+        (
+            '{"messages": [{"role": "user"}]}',
+            {"kind": "chat"},
+            r"a.jsonl:1 messages\[0\]: expected an object with role",
+        ),
+        ('{"text": "a"}', {"kind": "chat"}, r"a.jsonl:1: no messages or .* among the keys text"),
+        ('"a"', {"kind": "chat"}, r"a.jsonl:1: expected an object with messages, got str"),
+        ("[" * 100_000, {}, r"a.jsonl:1: not JSON: nested too deep"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, text, options, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "a.jsonl", **options)
+
+
+def test_bytes_that_are_no_text_and_broken_archives_are_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\n")
+    with pytest.raises(UserError, match=r"a.txt:2: not UTF-8 \(byte 0xff\)"):
+        read(tmp_path / "a.txt")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(UserError, match=r"b.jsonl:2: not UTF-8"):
+        read(tmp_path / "b.jsonl")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines({"text": "a"}).encode())[:-9])
+    with pytest.raises(UserError, match=r"c.jsonl.gz:\d: cannot be read: Compressed file ended"):
+        read(tmp_path / "c.jsonl.gz")
+    (tmp_path / "d.jsonl.gz").write_bytes(b"plain")
+    with pytest.raises(UserError, match=r"d.jsonl.gz:1: cannot be read: Not a gzipped file"):
+        read(tmp_path / "d.jsonl.gz")
+
+
+def test_missing_files_folders_and_unknown_suffixes_are_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"source s: .*trian.jsonl: no such file \(did you mean 'train.jsonl'\?\)"):
+        read(tmp_path / "trian.jsonl")
+    with pytest.raises(UserError, match="no such file"):
+        read(tmp_path / "*.parquet")
+    with pytest.raises(UserError, match="is a folder"):
+        read(tmp_path)
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(UserError, match=r"a.csv: the suffix is none of \.txt"):
+        read(tmp_path / "a.csv")

@@ -1,0 +1,230 @@
+"""Laws of recipes: each mistake is one line with its place, overrides obey the same rules, secrets never get out."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from deltanet.errors import UserError
+from distill.recipe import changes, digest, json_schema, load_recipe, parse_recipe, recipes_folder, show
+from distill.redact import mask, names_a_secret
+from distill.schema import DEFAULTS_OF, KINDS, LOSSES_OF, READY, Stage
+
+ROOT = Path(__file__).parent.parent.parent
+TEXT = """version: 1
+teacher:
+  model: demo
+student:
+  convert:
+    hybrid: global2
+data:
+  sources:
+    - path: stories.jsonl
+stages:
+  - kind: align
+    steps: 10
+  - kind: distil
+    tokens: 100000
+    lr: 1e-4
+training:
+  batch_size: 8
+  micro_batch_size: 2
+"""
+
+
+def parse(old="", new="", *overrides):
+    assert old in TEXT
+    return parse_recipe(TEXT.replace(old, new, 1), "r.yaml", overrides)
+
+
+def test_defaults_by_kind_are_filled_in():
+    recipe = parse()
+    align, distil = recipe.stages
+    assert (align.name, align.trainable, align.lr) == ("align", ("mixers",), 1e-3)
+    assert [loss.name for loss in align.losses] == ["mixer_l2"]
+    assert (distil.name, distil.trainable, distil.lr) == ("distil", ("all",), 1e-4)
+    assert [loss.name for loss in distil.losses] == ["forward_kl"]
+    assert recipe.data.sources[0].name == "stories"
+    assert [stage.name for stage in parse("kind: distil", "kind: align").stages] == ["align", "align2"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lr: 1e-4", "lr: abc", "r.yaml:15 stages.1.lr: got 'abc' (text), expected a number"),
+        ("lr: 1e-4", "lr: '1e-4'", "r.yaml:15 stages.1.lr: got '1e-4' (text), expected a number"),
+        ("lr: 1e-4", "lr: true", "r.yaml:15 stages.1.lr: got true, expected a number"),
+        ("lr: 1e-4", "lr: .nan", "r.yaml:15 stages.1.lr: .nan is not a finite number"),
+        ("lr: 1e-4", "lr: -1", "r.yaml:15 stages.1.lr: got -1, expected a number at least 0"),
+        ("lr: 1e-4", "lr: 1\n    lr: 2", "r.yaml:16 stages.1.lr: the key is there twice, first in line 15"),
+        ("lr: 1e-4", "warmup_step: 4", "r.yaml:15 stages.1.warmup_step: unknown key (did you mean 'warmup_steps'?); "),
+        ("kind: distil", "kind: distill", "r.yaml:13 stages.1.kind: got 'distill' (text), allowed: calibrate, align, "),
+        ("kind: distil", "kind: distill", "(did you mean 'distil'?)"),
+        ("kind: distil", "kind: dpo", "r.yaml:13 stages.1.kind: 'dpo' stages do not run yet; these do: align, distil"),
+        ("steps: 10", "steps: 10.5", "r.yaml:12 stages.0.steps: got 10.5, expected a whole number"),
+        ("steps: 10", "steps: yes", "r.yaml:12 stages.0.steps: got 'yes' (text), expected a whole number"),
+        ("steps: 10", "steps: 0", "r.yaml:12 stages.0.steps: got 0, expected a number above 0"),
+        ("steps: 10", "steps: 10\n    tokens: 5", "r.yaml:11 stages.0: say `steps:` or `tokens:`, one of them"),
+        ("    steps: 10\n", "", "r.yaml:11 stages.0: say `steps:` or `tokens:`, one of them"),
+        ("steps: 10", "steps: 3\n    warmup_steps: 4", "r.yaml:13 stages.0.warmup_steps: 4 is more than the stage's 3"),
+        ("steps: 10", "steps: 1\n    losses: [{name: ce}]", "r.yaml:13 stages.0.losses.0.name: 'ce' is no loss"),
+        ("steps: 10", "steps: 1\n    sources: [storys]", "'storys' is no source; allowed: stories (did you mean"),
+        ("version: 1", "version: 2", "r.yaml:1 version: got 2, allowed: 1"),
+        ("version: 1\n", "", "r.yaml:1 version: missing"),
+        ("teacher:\n  model: demo", "teacher: demo", "r.yaml:2 teacher: got 'demo' (text), expected a mapping"),
+        ("  model: demo\n", "", "r.yaml:2 teacher: got nothing, expected a mapping"),
+        ("model: demo", "modell: demo", "r.yaml:3 teacher.modell: unknown key (did you mean 'model'?)"),
+        ("  convert:\n    hybrid: global2\n", "  model: null\n", "r.yaml:4 student: say `model:`"),
+        ("hybrid: global2", "mixer: gated", "allowed: gated_delta, delta (did you mean 'gated_delta'?)"),
+        ("- path: stories.jsonl", "- kind: chat", "r.yaml:9 data.sources.0: say `path:` (local files) or `dataset:`"),
+        ("- path: stories.jsonl", "- {path: a.txt, weight: 1}\n    - {path: b.txt}", "every source a weight, or none"),
+        ("- path: stories.jsonl", "- {path: a.txt}\n    - {path: b/a.txt}", "data.sources.1.name: 'a' names two"),
+        ("sources:\n    - path: stories.jsonl", "sources: []", "r.yaml:8 data.sources: no source of text"),
+        ("batch_size: 8", "batch_size: 9", "its batch of 9 sequences is no multiple of its micro-batch of 2"),
+        ("training:", "deepspeed:\n  stage: 4\ntraining:", "r.yaml:17 deepspeed.stage: got 4, allowed: 0, 1, 2, 3"),
+        ("training:", "deepspeed:\n  extra: {fp16: 1}\ntraining:", "deepspeed.extra.fp16: decided by training.dtype"),
+        ("training:", "deepspeed:\n  offload_parameters: cpu\ntraining:", "needs deepspeed.stage 3"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_its_place(old, new, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        parse(old, new)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("r.yaml:")
+
+
+def test_the_first_mistake_of_several_is_told_with_their_number():
+    with pytest.raises(UserError, match=r"^r.yaml:4 x: unknown key; .* \(and 2 more\)$"):
+        parse_recipe(
+            TEXT.replace("steps: 10", "steps: a").replace("1e-4", "b").replace("model: demo", "model: demo\nx: 1"),
+            "r.yaml",
+        )
+
+
+def test_a_recipe_without_stages_is_refused():
+    with pytest.raises(UserError, match=r"^command line stages: no stage to run$"):
+        parse("", "", "stages=[]")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just text\n"])
+def test_a_file_that_is_no_mapping_is_refused(text):
+    with pytest.raises(UserError, match=r"^r.yaml: a recipe is a mapping with the keys version, teacher, student"):
+        parse_recipe(text, "r.yaml")
+
+
+def test_overrides_change_keys_by_place_and_by_name():
+    recipe = parse("", "", "stages.distil.lr=1e-5", "stages.0.steps=7", "data.repeats=0.3", "logging.wandb=true")
+    assert (recipe.stages[1].lr, recipe.stages[0].steps, recipe.data.repeats) == (1e-5, 7, 0.3)
+    assert recipe.logging.wandb
+    recipe = parse("", "", "deepspeed.extra.zero_optimization.overlap_comm=false", "training.seed=1", "training.seed=2")
+    assert recipe.deepspeed.extra == {"zero_optimization": {"overlap_comm": False}}
+    assert recipe.training.seed == 2
+    assert parse("", "", "stages=[{kind: sft, steps: 3}]").stages[0].kind == "sft"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lr=1", "command line training.lr: unknown key; allowed: batch_size"),
+        ("training.seed=x", "command line training.seed: got 'x' (text), expected a whole number"),
+        ("stages.0.lr=.inf", "command line stages.0.lr:1: .inf is not a finite number"),
+        ("stages.distill.lr=1", "command line stages.distill.lr: 'distill' is none of 0, 1, align, distil (did"),
+        ("stages.2.lr=1", "command line stages.2.lr: '2' is none of 0, 1, align, distil"),
+        ("training.seed", "command line: 'training.seed' is not key.path=value"),
+        ("--training.seed=1", "command line: '--training.seed=1' is not key.path=value"),
+        ("teacher.model.x=1", "command line teacher.model.x: teacher.model is a plain value, it has no 'x'"),
+        ("stages.1={kind: distil, steps: 1, lrr: 2}", "command line stages.1.lrr: unknown key"),
+        ("training.batch_size=3", "r.yaml:11 stages.0: its batch of 3 sequences is no multiple"),
+    ],
+)  # fmt: skip
+def test_overrides_obey_the_same_rules(override, message):
+    with pytest.raises(UserError) as caught:
+        parse("", "", override)
+    assert str(caught.value).startswith(message)
+
+
+def test_what_is_shown_loads_to_the_same_recipe():
+    recipe = parse("", "", "stages.0.lr_groups={mixers: 1e-3}", "evaluation.prompt='1e-5'")
+    again = parse_recipe(show(recipe), "shown.yaml")
+    assert again == recipe
+    assert digest(again) == digest(recipe)
+
+
+def test_the_digest_and_the_changes_ignore_what_a_resumed_run_may_change():
+    recipe = parse()
+    free = parse("", "", "logging.every_steps=5", "training.commit_every_steps=3", "evaluation.tokens=100")
+    assert digest(free) == digest(recipe)
+    assert changes(recipe, free) == []
+    other = parse("", "", "stages.1.lr=2e-4", "training.seed=3")
+    assert digest(other) != digest(recipe)
+    assert changes(recipe, other) == ["stages.1.lr: 0.0001 -> 0.0002", "training.seed: 0 -> 3"]
+    longer = parse("", "", "stages=[{kind: align, steps: 10}]")
+    assert any(line.startswith("stages.1.kind: 'distil' -> 'absent'") for line in changes(recipe, longer))
+
+
+SECRETS = ["hf_AAAAdummy", "https://user:pw@host/data.jsonl", "sk-abcdefgh1234"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("place", ["model: {}", "model: demo\n  revision: '{}'", "model: demo\n  unknown: ['{}']"])
+def test_a_secret_in_a_recipe_is_refused_and_never_printed(secret, place):
+    for overrides, old, new in (((), "model: demo", place.format(secret)), ((f"teacher.model={secret}",), "", "")):
+        with pytest.raises(UserError, match="token or a password") as caught:
+            parse(old, new, *overrides)
+        assert secret not in str(caught.value)
+        assert "pw" not in str(caught.value).replace("password", "")
+
+
+def test_keys_that_name_secrets_are_refused_without_their_value():
+    for key in ("token", "hf_token", "api_key", "password", "wandb-api-key"):
+        with pytest.raises(UserError, match=rf"^r.yaml:4 teacher.{key}: a recipe holds no secrets") as caught:
+            parse("model: demo", f"model: demo\n  {key}: dummy-value")
+        assert "dummy-value" not in str(caught.value)
+    for key in ("cls_token", "tokens", "max_tokens", "eos_token_id", "pad_token", "key_path", "monkey"):
+        assert not names_a_secret(key)
+
+
+def test_masking_hides_secrets_and_the_environments_and_nothing_else(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "plain-word-secret")
+    masked = mask({"a": ["x hf_BBBBdummy y", "plain-word-secret"], "token": "abc", "cls_token": "[CLS]", "n": 3})
+    assert masked == {"a": ["x *** y", "***"], "token": "***", "cls_token": "[CLS]", "n": 3}
+    assert mask("get https://user:pw@host/x?y=1") == "get https://***@host/x?y=1"
+    assert mask("mail me@host.org, https://host/a@b") == "mail me@host.org, https://host/a@b"
+    assert "plain-word-secret" not in show(parse("model: demo", "model: plain-word-secret"))
+
+
+def test_files_are_found_here_or_among_the_shipped_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = load_recipe("recipes/quickstart.yaml")
+    assert load_recipe("quickstart.yaml") == shipped
+    Path("quickstart.yaml").write_text(TEXT)
+    assert load_recipe("quickstart.yaml") != shipped
+    with pytest.raises(UserError, match=r"quikstart.yaml: no such file; .* \(did you mean 'quickstart.yaml'\?\)"):
+        load_recipe("quikstart.yaml")
+    Path("latin.yaml").write_bytes(b"version: \xff")
+    with pytest.raises(UserError, match=r"latin.yaml: cannot be read as UTF-8"):
+        load_recipe("latin.yaml")
+    Path("mark.yaml").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    assert load_recipe("mark.yaml").version == 1
+
+
+@pytest.mark.parametrize("path", sorted(recipes_folder().glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_loads_and_opens_with_its_command(path):
+    recipe = load_recipe(path)
+    assert f"deltanet-distill recipes/{path.name}" in path.read_text()
+    for source in recipe.data.sources:
+        assert "{" not in "".join(source.path or ())
+
+
+def test_the_shipped_json_schema_is_that_of_the_models():
+    shipped = json.loads((recipes_folder() / "recipe.schema.json").read_text())
+    assert shipped == json_schema(), "write it anew: python -m distill.recipe > recipes/recipe.schema.json"
+
+
+def test_every_kind_that_runs_has_losses_and_defaults_that_load():
+    assert set(READY) == set(DEFAULTS_OF) == set(LOSSES_OF)
+    assert set(READY) <= set(KINDS)
+    for kind, defaults in DEFAULTS_OF.items():
+        stage = Stage(kind=kind, steps=1, **defaults)
+        assert {loss.name for loss in stage.losses} <= set(LOSSES_OF[kind])
