@@ -1,0 +1,256 @@
+"""Text for calibration: read from files or written by the teacher itself, with a part set aside that is never fitted.
+
+A source is a .txt, .json or .jsonl file, each also as .gz, or the word `self`. Rows of JSON hold a `text`, a chat
+(`messages`, `conversations`, `prompt`/`completion`) or an instruction (`instruction`, `input`, `output`). Sources get
+equal shares of the tokens, because a fit to one kind of text does badly on others (docs/results/calibration.md).
+Twin: tests/convert/test_text.py.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deltanet.errors import UserError
+
+HELD_OUT_SHARE = 0.1
+SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
+ROLES = {"human": "user", "gpt": "assistant"}
+
+Document = str | list[dict]
+"""Plain text, or a chat: dicts with `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows of token ids, (windows, length) int64: `fit` is for calibration, `held_out` only for measuring."""
+
+    fit: torch.Tensor
+    held_out: torch.Tensor
+
+
+def calibration_text(
+    sources: Sequence[str],
+    held_out: str | None,
+    tokenizer,
+    teacher,
+    *,
+    tokens: int = 32768,
+    held_out_tokens: int = 8192,
+    length: int = 1024,
+    seed: int = 0,
+    advance: Callable[[float], None] | None = None,
+) -> CalibrationText:
+    """About `tokens` tokens from `sources` (files or `self`) and up to `held_out_tokens` set aside.
+
+    Without `held_out` (a file) the last tenth of every source is set aside. A short source gives what it has. The
+    teacher is needed for `self` only; `advance` is told the number of tokens it has written. Raises UserError for an
+    unreadable file, or one with too little text for a single window.
+    """
+    length = min(length, teacher.config.max_position_embeddings) if teacher is not None else length
+    share = max(-(-tokens // (length * len(sources))), 1)
+    aside = max(held_out_tokens // (length * (1 if held_out else len(sources))), 1)
+    fit, kept = [], []
+    for source in sources:
+        if source == "self":
+            if teacher is None:
+                raise UserError("--calibrate self: needs a teacher to write the text")
+            written = write_text(teacher, tokenizer, share + aside * (not held_out), length, seed, advance)
+            fit.append(written[:share])
+            kept.append(written[share:])
+            continue
+        if tokenizer is None:
+            raise UserError(f"--calibrate {source}: the source has no tokenizer; use --calibrate self or none")
+        documents = read_documents(source)
+        first, last = (documents, []) if held_out else set_aside(documents)
+        fit.append(tokenise(tokenizer, first, share, length, source))
+        if last:
+            kept.append(tokenise(tokenizer, last, aside, length, source, may_be_empty=True))
+    if held_out:
+        if tokenizer is None:
+            raise UserError(f"--held-out {held_out}: the source has no tokenizer")
+        kept = [tokenise(tokenizer, read_documents(held_out), aside, length, held_out)]
+    return CalibrationText(torch.cat(fit), torch.cat(kept) if kept else fit[0].new_zeros(0, length))
+
+
+def read_documents(path: str | Path) -> list[Document]:
+    """The documents of a text file, or of the rows of a JSON file. Raises UserError naming the file and the row."""
+    path = Path(path)
+    if not str(path).lower().endswith(SUFFIXES):
+        raise UserError(f"{path}: not a text this can read; allowed: {', '.join(SUFFIXES)}")
+    try:
+        content = path.read_bytes()
+        content = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: unreadable text: {error}") from None
+    kind = [suffix for suffix in path.suffixes if suffix.lower() != ".gz"][-1].lower()
+    if kind == ".txt":
+        return [content] if content.strip() else []
+    return [_document(row, where) for row, where in _rows(content, kind, path)]
+
+
+def _rows(content: str, kind: str, path: Path) -> list[tuple]:
+    try:
+        if kind == ".json":
+            data = json.loads(content)
+            return [(row, f"{path}: row {index + 1}") for index, row in enumerate(data)]
+        lines = enumerate(content.splitlines(), 1)
+        return [(json.loads(line), f"{path}:{number}") for number, line in lines if line.strip()]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not {'a JSON list' if kind == '.json' else 'JSON lines'}: {error}") from None
+
+
+def _document(row, where: str) -> Document:
+    if isinstance(row, str):
+        return row
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        turns = row.get("messages") or row.get("conversations")
+        if isinstance(turns, list):
+            return _chat([*turns, *([row["chosen"]] if isinstance(row.get("chosen"), dict) else [])], where)
+        for asked, answered in (("instruction", "output"), ("prompt", "completion")):
+            if isinstance(row.get(asked), str) and isinstance(row.get(answered), str):
+                question = "\n".join(part for part in (row[asked], row.get("input")) if part)
+                return [{"role": "user", "content": question}, {"role": "assistant", "content": row[answered]}]
+    raise UserError(
+        f"{where}: no text in it; a row has text, messages, conversations, instruction and output, "
+        "or prompt and completion"
+    )
+
+
+def _chat(turns: list, where: str) -> list[dict]:
+    chat = []
+    for turn in turns:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(f"{where}: a turn of a chat needs role and content (or from and value) as text")
+        chat.append({"role": ROLES.get(role, role), "content": content})
+    return chat
+
+
+def set_aside(documents: list[Document], share: float = HELD_OUT_SHARE) -> tuple[list[Document], list[Document]]:
+    """The documents without their last `share` by characters, and that last share. A plain text is cut in two where
+    the border falls inside it; a chat stays whole and goes to the part set aside."""
+    sizes = [_size(document) for document in documents]
+    border = int(sum(sizes) * (1 - share))
+    first, last, start = [], [], 0
+    for document, size in zip(documents, sizes):
+        if start + size <= border:
+            first.append(document)
+        elif start >= border or not isinstance(document, str):
+            last.append(document)
+        else:
+            first.append(document[: border - start])
+            last.append(document[border - start :])
+        start += size
+    return first, last
+
+
+def _size(document: Document) -> int:
+    return len(document) if isinstance(document, str) else sum(len(turn["content"]) for turn in document)
+
+
+def tokenise(
+    tokenizer, documents: list[Document], windows: int, length: int, name: str, *, may_be_empty: bool = False
+) -> torch.Tensor:
+    """Up to `windows` windows (n, length) int64 from documents spread evenly over the list, joined one after another.
+
+    A long document gives at most a quarter of the windows, so that no single one rules the fit.
+    """
+    limit = max(windows * length // 4, length)
+    start = document_start(tokenizer)
+    needed, ids = windows * length, []
+    # Spread: a coarse stride first, then the documents between, until there is enough.
+    order = [i for offset in range(8) for i in range(offset, len(documents), 8)]
+    for index in order:
+        if len(ids) >= needed:
+            break
+        document = documents[index]
+        text = document if isinstance(document, str) else render_chat(tokenizer, document)
+        # Six characters a token is generous for any language; tokenising a whole book for its start is slow.
+        row = tokenizer(text[: limit * 6], add_special_tokens=False)["input_ids"][:limit]
+        ids += ([] if start is None or not isinstance(document, str) else [start]) + row
+        if len(documents) == 1 and len(ids) < needed:
+            ids = tokenizer(text[: needed * 12], add_special_tokens=False)["input_ids"]
+    count = min(len(ids) // length, windows)
+    if count == 0 and not may_be_empty:
+        raise UserError(f"{name}: {len(ids)} tokens of text; at least one window of {length} is needed")
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+def render_chat(tokenizer, chat: list[dict]) -> str:
+    """A chat as the teacher knows it: by its template, or without one as paragraphs."""
+    if getattr(tokenizer, "chat_template", None):
+        return tokenizer.apply_chat_template(chat, tokenize=False)
+    return "\n\n".join(turn["content"] for turn in chat)
+
+
+def document_start(tokenizer) -> int | None:
+    """The token a document begins with: what the tokenizer itself puts there, else an end-of-text mark, else none."""
+    own, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    if len(own) > len(bare) and own[-len(bare) :] == bare:
+        return own[0]
+    vocabulary = tokenizer.get_vocab()
+    if "<|endoftext|>" in vocabulary:
+        return vocabulary["<|endoftext|>"]
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+@torch.no_grad()
+def write_text(
+    teacher,
+    tokenizer,
+    windows: int,
+    length: int,
+    seed: int,
+    advance: Callable[[float], None] | None = None,
+    batch: int = 32,
+) -> torch.Tensor:
+    """(windows, length) token ids sampled from the teacher at temperature 1: the same for the same seed.
+
+    A third of the rows begin like a document, a third with a random token, a third like a chat where the teacher has
+    a template (else like a document). No sampled token ends a row: after an end of text the teacher starts another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = teacher.config.vocab_size
+    start = document_start(tokenizer) if tokenizer is not None else teacher.config.bos_token_id
+    start = 0 if start is None else start
+    chat = _chat_opening(tokenizer) or [start]
+    openings = [
+        [chat, [start], [start, int(torch.randint(vocabulary, (1,), generator=generator))]][row % 3]
+        for row in range(windows)
+    ]
+    out = torch.zeros(windows, length, dtype=torch.int64)
+    by_length: dict[int, list[int]] = {}
+    for row, opening in enumerate(openings):
+        by_length.setdefault(min(len(opening), length), []).append(row)
+    for size, rows in sorted(by_length.items()):
+        for group in (rows[i : i + batch] for i in range(0, len(rows), batch)):
+            out[group, :size] = torch.tensor([openings[row][:size] for row in group])
+            ids, cache = out[group, :size].to(teacher.device), None
+            for position in range(size, length):
+                output = teacher(ids, cache=cache, use_cache=True, logits_to_keep=1)
+                cache = output.get("cache", output.get("past_key_values"))
+                chances = torch.softmax(output.logits[:, -1].float().cpu(), -1)
+                ids = torch.multinomial(chances, 1, generator=generator)
+                out[group, position] = ids[:, 0]
+                ids = ids.to(teacher.device)
+                if advance is not None:
+                    advance(len(group))
+    return out
+
+
+def _chat_opening(tokenizer) -> list[int]:
+    """The tokens before the words of the first user in a chat; empty without a template."""
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        return []
+    mark = "A"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    before = text.rpartition(mark)[0] if text.count(mark) == 1 else text.split(mark + "<")[0]
+    return tokenizer(before, add_special_tokens=False)["input_ids"]
