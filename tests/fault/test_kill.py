@@ -1,0 +1,96 @@
+"""A run that is killed, or asked to stop, and started again ends in the very bytes of one that was left alone."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import small_run
+
+SLOW = {"data__seq_len": 64, "training__batch_size": 8}  # steps long enough to be hit by a signal
+DEADLINE = 240
+
+
+def start(recipe, run):
+    code = "import sys, cli; sys.exit(cli.distill_main(sys.argv[1:]))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, str(recipe), "-o", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(recipe, run):
+    process = start(recipe, run)
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def steps(run):
+    """(stage, step, loss, gradient norm) of every logged step."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [(r["stage"], r["step"], r["loss"], r["gradient_norm"]) for r in records]
+
+
+def wait_for(process, run, count):
+    limit = time.monotonic() + DEADLINE
+    while len(steps(run)) < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def content(folder):
+    """sha256 by name of every tensor file of the last commit and of the export."""
+    files = [
+        *sorted((folder / "commits").iterdir())[-1].rglob("*.safetensors"),
+        folder / "export" / "model.safetensors",
+    ]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    recipe = small_run.write_recipe(folder / "r.yaml", small_run.write_teacher(folder / "teacher"), **SLOW)
+    finish(recipe, folder / "run")
+    return folder
+
+
+@pytest.mark.parametrize("kills", [[3, 9]], ids=["in-each-stage"])
+def test_killed_twice_equals_straight(straight, tmp_path, kills):
+    run = tmp_path / "run"
+    for count in kills:
+        process = start(straight / "r.yaml", run)
+        wait_for(process, run, count)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(straight / "r.yaml", run)
+    assert steps(run) == steps(straight / "run")
+    assert content(run) == content(straight / "run")
+    assert not list((run / "commits").glob("*.tmp-*"))
+
+
+def test_sigterm_commits_within_a_step_exits_75_and_resumes_to_the_same_bytes(straight, tmp_path):
+    run = tmp_path / "run"
+    process = start(straight / "r.yaml", run)
+    wait_for(process, run, 2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 75, err
+    assert "the same command resumes" in err
+    newest = sorted((run / "commits").iterdir())[-1].name
+    assert newest == f"step-{len(steps(run)):08d}"
+    finish(straight / "r.yaml", run)
+    assert steps(run) == steps(straight / "run")
+    assert content(run) == content(straight / "run")
