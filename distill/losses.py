@@ -6,7 +6,7 @@ With p the teacher's and q the student's distribution at temperature T, per vali
   jsd         T^2 (b KL(p|m) + (1-b) KL(q|m)), m = b p + (1-b) q
                                                         dz = T (1-b) q (log q - log m - KL(q|m))
   ce          -log q[target] at T = 1                   dz = q - onehot
-All in log space in float32 (float64 for float64), divided by the *global* number of valid tokens, which the caller
+All in log space in float32 (float64 for float64), and divided by the *global* number of valid tokens, which the caller
 passes. Losses of hidden states and of preferences are in `hidden_losses.py`. Twin: tests/distill/test_losses.py.
 Legend: N positions, D width, V vocabulary.
 """
@@ -21,8 +21,7 @@ from torch.autograd.function import once_differentiable
 from .packing import IGNORED
 
 VOCABULARY_LOSSES = ("forward_kl", "reverse_kl", "jsd", "ce")
-CHUNK_BYTES = 256 * 2**20  # of one float32 tensor of logits; a chunk holds about four
-WEIGHT_ROWS = 8192  # vocabulary rows of a weight gradient that are added at once where it is wider than the product
+CHUNK_BYTES = 160 * 2**20  # of one float32 tensor of logits; forward_kl holds three, and both logits in their dtype
 
 
 @dataclass(frozen=True)
@@ -38,47 +37,50 @@ class Term:
 def divergence(
     term: Term, student: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The value (n) of a term per row and its gradient (n, V) by the student's logits, both unweighted.
+    """The value (n) of a term per row and its gradient (n, V) by the student's logits, both unweighted and at least
+    float32. student, teacher (n, V) logits of any float dtype, left as they are; targets (n) ids, read by `ce` only.
 
-    student, teacher (n, V) logits in float32 or float64; targets (n) token ids, read by `ce` only. A teacher's logit
-    of -inf is a token it excludes: forward_kl and jsd drive the student's mass there to zero, reverse_kl, which would
-    be infinite, compares on the teacher's tokens alone.
+    A teacher's logit of -inf is a token it excludes: forward_kl and jsd drive the student's mass there to zero,
+    reverse_kl, which would be infinite, compares on the teacher's tokens alone.
     """
     if term.name == "ce":
-        log_q = student.log_softmax(-1)
+        log_q = _log_softmax(student, 1.0)
         index = targets[:, None]
         value = -log_q.gather(-1, index)[:, 0]
-        gradient = log_q.exp_()
-        return value, gradient.scatter_add_(-1, index, -torch.ones_like(index, dtype=gradient.dtype))
+        return value, log_q.exp_().scatter_add_(-1, index, log_q.new_full(index.shape, -1.0))
     T = term.temperature
     if term.name == "reverse_kl":
         student = student.masked_fill(teacher == -math.inf, -math.inf)
-    log_q, log_p = (student / T).log_softmax(-1), (teacher / T).log_softmax(-1)
+    log_q, log_p = _log_softmax(student, T), _log_softmax(teacher, T)
     if term.name == "forward_kl":
         p = log_p.exp()
-        value = _mean_of(p, log_p - log_q)
-        return T * T * value, T * (log_q.exp_() - p)
+        value = _finite(log_p.sub_(log_q), p).mul_(p).sum(-1)
+        return T * T * value, log_q.exp_().sub_(p).mul_(T)
     q = log_q.exp()
     if term.name == "reverse_kl":
-        ratio = log_q - log_p
-        value = _mean_of(q, ratio)
-        return T * T * value, T * _centred(q, ratio, value)
+        ratio = _finite(log_q.sub_(log_p), q)
+        value = (ratio * q).sum(-1)
+        return T * T * value, ratio.sub_(value[:, None]).mul_(q).mul_(T)
     b, gap = term.beta, log_p - log_q
     # log(m/q) = log1p(b expm1(gap)) is exactly zero where p = q; for gap > 0 the same seen from p cannot overflow.
     bend = torch.where(gap > 0, torch.log1p((1 - b) * torch.expm1(-gap)), torch.log1p(b * torch.expm1(gap)))
-    ratio_p, ratio_q = gap.clamp(max=0) - bend, -gap.clamp(min=0) - bend
-    value_q = _mean_of(q, ratio_q)
-    value = b * _mean_of(log_p.exp(), ratio_p) + (1 - b) * value_q
-    return T * T * value, T * (1 - b) * _centred(q, ratio_q, value_q)
+    p = log_p.exp_()
+    value_p = _finite(gap.clamp(max=0).sub_(bend), p).mul_(p).sum(-1)
+    ratio = _finite(gap.clamp_(min=0).add_(bend).neg_(), q)
+    value_q = (ratio * q).sum(-1)
+    value = b * value_p + (1 - b) * value_q
+    return T * T * value, ratio.sub_(value_q[:, None]).mul_(q).mul_(T * (1 - b))
 
 
-def _mean_of(weight: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-    """Sum of weight * ratio over the vocabulary, with 0 * inf = 0."""
-    return (weight * ratio).masked_fill_(weight == 0, 0).sum(-1)
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    scaled = logits if temperature == 1 else logits.to(wide) / temperature
+    return scaled.log_softmax(-1, dtype=wide)
 
 
-def _centred(weight: torch.Tensor, ratio: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    return (weight * (ratio - mean[:, None])).masked_fill_(weight == 0, 0)
+def _finite(ratio: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The log ratio, zero in place where its weight is zero, since there 0 * inf is meant to be 0."""
+    return ratio.masked_fill_(weight == 0, 0)
 
 
 def vocabulary_loss(
@@ -138,11 +140,10 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, targets, terms, scale, vocab_size, num_chunks):
-        compute = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         head = weight[:vocab_size]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if needs_weight else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
         parts = torch.zeros(len(terms), dtype=torch.float64, device=hidden.device)
         # Work goes by valid positions; their share of each chunk varies, the number of chunks does not.
         valid = (targets != IGNORED).nonzero()[:, 0]
@@ -150,10 +151,9 @@ class _Chunked(torch.autograd.Function):
             if not len(rows):
                 continue
             h = hidden[rows]
-            student = (h @ head.T).to(compute)
-            teacher = None
+            student, teacher = h @ head.T, None
             if teacher_hidden is not None:
-                teacher = (teacher_hidden[rows] @ teacher_weight[:vocab_size].T).to(compute)
+                teacher = teacher_hidden[rows] @ teacher_weight[:vocab_size].T
             total = None
             for index, term in enumerate(terms):
                 value, gradient = divergence(term, student, teacher, targets[rows])
@@ -165,16 +165,18 @@ class _Chunked(torch.autograd.Function):
             del student, teacher
             if total is None:
                 continue
-            total = total.mul_(scale.to(compute)).to(hidden.dtype)
+            total = total.mul_(scale).to(hidden.dtype)
             if needs_hidden:
                 grad_hidden[rows] = total @ head
             if needs_weight:
-                _add_product(grad_weight[:vocab_size], total, h)
+                # Summed in float32 within a chunk, rounded to the weight's dtype once a chunk: for bfloat16 a wider
+                # sum would cost more memory than all else here.
+                grad_weight[:vocab_size].addmm_(total.T, h)
         parts *= scale
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(parts)
         weights = torch.tensor([term.weight for term in terms], dtype=torch.float64, device=parts.device)
-        return (parts * weights).sum().to(compute), parts
+        return (parts * weights).sum().to(torch.promote_types(hidden.dtype, torch.float32)), parts
 
     @staticmethod
     @once_differentiable
@@ -185,16 +187,6 @@ class _Chunked(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight * grad_loss.to(grad_weight.dtype)
         return grad_hidden, grad_weight, *[None] * 7
-
-
-def _add_product(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total (V, D) += gradient^T (V, n) @ hidden (n, D); in pieces where total is wider, to spare a second (V, D)."""
-    if total.dtype == gradient.dtype:
-        total.addmm_(gradient.T, hidden)
-        return
-    for start in range(0, len(total), WEIGHT_ROWS):
-        part = slice(start, start + WEIGHT_ROWS)
-        total[part] += gradient[:, part].T @ hidden
 
 
 def token_logprobs(

@@ -95,7 +95,7 @@ def test_float32_is_within_1e6_of_float64(term):
 
 
 @every_term
-def test_bfloat16_gradients_keep_their_dtype_and_accumulate_wider(term):
+def test_bfloat16_gradients_keep_their_dtype_and_are_near(term):
     data = problem(dtype=torch.bfloat16, positions=400)
     loss = chunked(term, *data, chunk_tokens=5)
     _, gradients = whole(term, *data)
