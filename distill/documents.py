@@ -8,6 +8,7 @@ Twin: tests/distill/test_documents.py.
 import glob
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,27 @@ def find_files(source: Source) -> list[Path]:
                 raise UserError(f"source {source.name}: {file}: the suffix is none of {', '.join(SUFFIXES)} (or .gz)")
         files += found
     return files
+
+
+def pin_revision(source: Source) -> Source:
+    """A Hub source with its revision as a commit, so that the same recipe means the same text; others as they are.
+
+    Raises UserError where the data set cannot be reached and `revision` is no commit already.
+    """
+    if source.dataset is None or re.fullmatch("[0-9a-f]{40}", source.revision or ""):
+        return source
+    if Path(source.dataset).is_dir():
+        raise UserError(f"source {source.name}: {source.dataset} is a folder; local files go under `path:`")
+    import huggingface_hub
+
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(source.dataset, revision=source.revision).sha
+    except Exception as error:  # of the Hub, of either generation of its HTTP library, or of the network
+        raise UserError(
+            f"source {source.name}: data set {source.dataset}: {str(error).splitlines()[0]} (a `revision:` that is a "
+            "commit needs no look-up)"
+        ) from None
+    return source.model_copy(update={"revision": commit})
 
 
 def read_source(source: Source, files: list[Path]) -> Iterator[tuple[str, str | Messages]]:

@@ -20,7 +20,7 @@ import numpy as np
 from deltanet.errors import DeltanetError, UserError
 
 from .chat import encode_chat
-from .documents import find_files, read_source
+from .documents import find_files, pin_revision, read_source
 from .schema import Source
 
 FORMAT = 1
@@ -91,7 +91,7 @@ def tokenise(
     chats, and ids of vocab_size or more; DeltanetError where the cache cannot be written.
     """
     stop_ids = {*stop_ids, *({tokenizer.eos_token_id} - {None})}
-    files = find_files(source)
+    files, source = find_files(source), pin_revision(source)
     made_by = source.model_dump(mode="json", exclude={"name", "weight", "path"})
     contents = [file_digest(file) for file in files]
     chat_rule = [train_on, sorted(stop_ids)] if source.kind == "chat" else None

@@ -77,6 +77,32 @@ def test_the_cache_is_used_again_and_made_anew_when_anything_changes(tmp_path):
     assert text_source(tmp_path, ["ab", "c"], train_on="last").digest == first.digest
 
 
+def test_a_hub_data_set_is_read_at_a_commit_and_cached_under_it(tmp_path, monkeypatch):
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    commits, asked = {"main": "a" * 40}, []
+
+    def load(name, config, split, revision, streaming):
+        asked.append((name, config, split, revision))
+        return iter([{"text": f"at {revision[:3]}"}])
+
+    def info(self, name, revision=None):
+        return type("Info", (), {"sha": commits[revision or "main"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub.HfApi, "dataset_info", info)
+    source = Source(name="s", dataset="owner/name", split="valid")
+    read = lambda source: tokenise(source, TOKENIZER, tmp_path, vocab_size=VOCABULARY)
+    assert TOKENIZER.decode(read(source).ids) == "at aaa<|im_end|>"
+    assert read(source).digest == read(source.model_copy(update={"revision": "a" * 40})).digest
+    commits["main"] = "b" * 40
+    assert TOKENIZER.decode(read(source).ids) == "at bbb<|im_end|>"
+    assert asked == [("owner/name", None, "valid", letter * 40) for letter in "ab"]
+    with pytest.raises(UserError, match="source s: data set owner/name: 'gone'"):
+        read(source.model_copy(update={"revision": "gone"}))
+    with pytest.raises(UserError, match="is a folder; local files go under `path:`"):
+        read(source.model_copy(update={"dataset": str(tmp_path)}))
+
+
 def test_a_damaged_cache_is_refused_by_name(tmp_path):
     text_source(tmp_path, ["ab"])
     (folder,) = (tmp_path / "cache").iterdir()
