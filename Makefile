@@ -1,28 +1,39 @@
 # `make quickstart` and `make test` do everything from nothing; both go through `make install`.
 PYTHON ?= python3
 VENV ?= .venv
-STAMP := $(VENV)/.installed
+OLDEST ?= .venv-oldest
+PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test test-oldest lint clean
 
-install: $(STAMP)
+install: $(VENV)/.installed
 
-$(STAMP): pyproject.toml constraints.txt
+# torch comes first and pinned: otherwise the resolver picks the newest CUDA build.
+$(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0" "numpy==2.3.5"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(VENV)/bin/python $(PIP) -c constraints.txt torch numpy
+	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[test]"
 	touch $@
 
 quickstart: install
 	$(VENV)/bin/deltanet-convert demo -o quickstart/student --hybrid global2 --overwrite
-	$(VENV)/bin/deltanet-generate quickstart/student "Once upon a time" --max-new-tokens 60 --seed 0
+	$(VENV)/bin/deltanet-generate quickstart/student "Once upon a time" --max-new-tokens 60
 
 test: install
 	$(VENV)/bin/python -m pytest -n 2
 
+# The model against the oldest transformers that pyproject.toml allows.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest tests/deltanet --ignore tests/deltanet/ops -n 2 -p no:cacheprovider
+
+$(OLDEST)/.installed: constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt torch numpy triton transformers huggingface_hub peft safetensors pytest pytest-xdist
+	touch $@
+
 lint:
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "ruff>=0.17"
+	$(VENV)/bin/python $(PIP) "ruff>=0.17"
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) quickstart build *.egg-info
+	rm -rf $(VENV) $(OLDEST) quickstart build *.egg-info
