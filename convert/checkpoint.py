@@ -60,6 +60,7 @@ class Checkpoint:
     folder: Path
     entries: dict[str, Entry]
     notes: list[str] = field(default_factory=list)
+    _open: tuple[Path, int] | None = field(default=None, repr=False)
 
     def read_into(self, entry: Entry, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` with the tensor's bytes from `offset` on. Raises UserError where the file ends early."""
@@ -67,13 +68,27 @@ class Checkpoint:
             flat = entry.tensor.contiguous().reshape(-1).view(torch.uint8)
             buffer[:] = flat[offset : offset + len(buffer)].numpy().data
             return
-        with open(entry.file, "rb", buffering=0) as file:
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(file.fileno(), [buffer[done:]], entry.begin + offset + done)
-                if count == 0:
-                    raise UserError(f"{entry.file}: ends inside {entry.name}")
-                done += count
+        handle, done = self._handle(entry.file), 0
+        while done < len(buffer):
+            count = os.preadv(handle, [buffer[done:]], entry.begin + offset + done)
+            if count == 0:
+                raise UserError(f"{entry.file}: ends inside {entry.name}")
+            done += count
+
+    def _handle(self, path: Path) -> int:
+        """The file that is being read stays open, one at a time."""
+        if self._open is None or self._open[0] != path:
+            self.close()
+            self._open = (path, os.open(path, os.O_RDONLY))
+        return self._open[1]
+
+    def close(self) -> None:
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def pieces(self, entry: Entry, size: int) -> Iterator[tuple[int, int]]:
         """(offset, length) of the tensor's bytes in pieces of at most `size`."""

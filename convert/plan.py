@@ -47,10 +47,14 @@ class Move:
 
     def value(self) -> torch.Tensor:
         """The first value of a `new` tensor."""
-        tensor = torch.full(self.shape, self.fill, dtype=torch.float32)
-        if self.last_column is not None:
-            tensor[..., -1] = self.last_column
-        return tensor.to(self.dtype)
+        return torch.frombuffer(bytearray(self.value_bytes()), dtype=self.dtype).reshape(self.shape)
+
+    def value_bytes(self) -> bytes:
+        """The same as bytes, made without torch's threads, which would wait busily beside a streaming writer."""
+        last = self.fill if self.last_column is None else self.last_column
+        one, other = (bytes(torch.tensor([x], dtype=self.dtype).view(torch.uint8).tolist()) for x in (self.fill, last))
+        columns = self.shape[-1]
+        return (one * (columns - 1) + other) * (math.prod(self.shape) // columns)
 
     def describe(self) -> str:
         if self.operation != "new":
