@@ -1,0 +1,150 @@
+"""Whole runs in one process: what the folder holds at the end, and what is refused on the way."""
+
+import json
+
+import pytest
+import small_run
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import deltanet
+from deltanet.errors import DeltanetError, UserError
+from distill import run as run_module
+from distill.commit import Damaged, locked
+from distill.run import distil
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    recipe = small_run.write_recipe(folder / "r.yaml", small_run.write_teacher(folder / "teacher"))
+    facts = distil(recipe, ["stages.1.steps=2"], output=folder / "run")
+    return folder, facts
+
+
+def test_the_export_loads_with_its_tokenizer_and_is_the_last_commit(made):
+    folder, _ = made
+    export = folder / "run" / "export"
+    assert deltanet.__version__
+    model = AutoModelForCausalLM.from_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    assert model(**tokenizer("Once upon", return_tensors="pt")).logits.shape[-1] == 1024
+    last = load_file(next((folder / "run" / "commits" / "step-00000008" / "student").glob("*.safetensors")))
+    exported = load_file(export / "model.safetensors")
+    assert exported.keys() == last.keys()
+    assert all(torch.equal(exported[name], last[name]) for name in last)
+
+
+def test_the_folder_says_what_was_run_on_what_and_how_it_went(made):
+    folder, facts = made
+    run = folder / "run"
+    assert [row["model"] for row in facts["results"]] == ["teacher", "converted", "after align", "after distil"]
+    assert facts["results"][2]["kl"] < facts["results"][1]["kl"]
+    assert json.loads((run / "report.json").read_text()) == facts
+    assert (run / "export" / "deltanet_recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
+    assert json.loads((run / "environment.json").read_text())["versions"]["torch"] == torch.__version__
+    inputs = json.loads((run / "inputs.json").read_text())
+    assert len(inputs["teacher"]["model.safetensors"]) == 64
+    report = inputs["data"]["align"][0]
+    assert report["tokens"] == report["packed"] + report["dropped"]
+
+
+def test_align_changes_mixers_and_leaves_every_other_tensor_byte_identical(tmp_path, made):
+    folder, _ = made
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", folder / "teacher", stages=[{"kind": "align", "steps": 2}])
+    distil(recipe, output=tmp_path / "run")
+    before = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("model.layers.0.self_attn.") for name in changed)
+
+
+def test_a_run_goes_on_only_with_the_recipe_it_was_started_with(made):
+    folder, _ = made
+    with pytest.raises(UserError, match=r"another recipe: stages\.1\.lr: 0\.001 -> 0\.5"):
+        distil(folder / "r.yaml", ["stages.1.steps=2", "stages.1.lr=0.5"], output=folder / "run")
+
+
+def test_a_finished_run_says_the_same_again_and_takes_changes_of_free_keys(made):
+    folder, facts = made
+    again = distil(folder / "r.yaml", ["stages.1.steps=2", "export.dtype=bfloat16"], output=folder / "run")
+    assert again["results"] == facts["results"]
+    assert AutoModelForCausalLM.from_pretrained(folder / "run" / "export").dtype == torch.bfloat16
+
+
+def test_resume_never_refuses_a_folder_with_a_commit(made):
+    folder, _ = made
+    with pytest.raises(UserError, match=r"--resume never: .* holds the commit step-00000008"):
+        distil(folder / "r.yaml", ["stages.1.steps=2"], output=folder / "run", resume="never")
+
+
+def test_a_second_process_is_refused(made):
+    folder, _ = made
+    with locked(folder / "run"), pytest.raises(UserError, match="another process works on this run"):
+        distil(folder / "r.yaml", ["stages.1.steps=2"], output=folder / "run")
+
+
+def test_a_changed_teacher_is_refused(tmp_path):
+    teacher = small_run.write_teacher(tmp_path / "teacher")
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", teacher, stages=[{"kind": "align", "steps": 1}])
+    distil(recipe, output=tmp_path / "run")
+    (teacher / "config.json").write_text((teacher / "config.json").read_text() + "\n")
+    with pytest.raises(UserError, match=r"teacher config\.json is not what the run was started with"):
+        distil(recipe, output=tmp_path / "run")
+
+
+def test_a_damaged_newest_commit_is_passed_over_but_refused_by_name(made, tmp_path, capsys):
+    folder, facts = made
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", folder / "teacher")
+    distil(recipe, ["stages.1.steps=2"], output=tmp_path / "run")
+    newest = tmp_path / "run" / "commits" / "step-00000008"
+    victim = next(newest.rglob("*.safetensors"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(Damaged, match="its sha256 is not the one"):
+        distil(recipe, ["stages.1.steps=2"], output=tmp_path / "run", resume=str(newest))
+    capsys.readouterr()
+    again = distil(recipe, ["stages.1.steps=2"], output=tmp_path / "run")
+    assert f"{victim.name}: its sha256" in capsys.readouterr().err
+    assert again["results"] == facts["results"]
+
+
+def test_steps_without_finite_loss_are_skipped_then_stop_the_run_with_the_weights_unchanged(tmp_path, monkeypatch):
+    stages = [{"kind": "pretrain", "steps": 6}]
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", small_run.write_teacher(tmp_path / "teacher"), stages=stages)
+    forward, calls = run_module.Whole.forward, []
+
+    def poisoned(self, batch, count, measure=False):
+        loss, parts = forward(self, batch, count, measure)
+        calls.append(measure)
+        return (loss * float("nan") if not measure and calls.count(False) > 8 else loss), parts
+
+    monkeypatch.setattr(run_module.Whole, "forward", poisoned)
+    with pytest.raises(
+        DeltanetError, match=r"the loss on rank 0 is not finite at step 4 \(sequences 16 to 19\); 3 steps"
+    ):
+        distil(recipe, output=tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["applied"] for record in records] == [True, True, False, False, False]
+    second, fourth = (
+        load_file(next((tmp_path / "run" / "commits" / f"step-{step:08d}" / "student").glob("*.safetensors")))
+        for step in (2, 4)
+    )
+    assert all(torch.equal(second[name], fourth[name]) for name in second)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stages.0.trainable=all"], "stages.align.trainable: an align stage cannot train .*; allowed: mixers"),
+        (["stages.0.trainable=mixer"], "'mixer' names no parameter of the student.*did you mean 'mixers'"),
+        (["student.convert=null", "student.model=absent"], "student.model: absent is not a checkpoint folder"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(made, tmp_path, overrides, words):
+    folder, _ = made
+    with pytest.raises(UserError, match=words):
+        distil(folder / "r.yaml", overrides, output=tmp_path / "run")
