@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from deltanet.errors import UserError
+from deltanet.modeling import CACHE
 
 HELD_OUT_SHARE = 0.1
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
@@ -236,7 +237,7 @@ def write_text(
             ids, cache = out[group, :size].to(teacher.device), None
             for position in range(size, length):
                 output = teacher(ids, cache=cache, use_cache=True, logits_to_keep=1)
-                cache = output.get("cache", output.get("past_key_values"))
+                cache = output[CACHE]
                 chances = torch.softmax(output.logits[:, -1].float().cpu(), -1)
                 ids = torch.multinomial(chances, 1, generator=generator)
                 out[group, position] = ids[:, 0]

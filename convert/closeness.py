@@ -1,0 +1,287 @@
+"""How close a student is to its teacher before training: layer by layer, end to end, and in what it can recall.
+
+Every number comes from held-out text. Layers are measured on the teacher's own hidden states, so each is judged by
+itself; the end-to-end numbers stand next to what little would have been enough to reach: a random mixer, no mixer at
+all, the plain copy, the state without the skip taps and the taps without the state. Perplexity hides lost memory, so
+two probes ask for it directly. `as_markdown` makes the page, `files` what a student's folder gets.
+"""
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from deltanet import DeltaNetForCausalLM
+from deltanet.mixer import DeltaMixer
+
+from .calibration import Stream
+
+LINEAR = "linear_attention"
+LOGIT_TOKENS = 256
+"""Logits exist for so many tokens at a time; a whole window of a large vocabulary would be most of the memory."""
+MARGIN = 8
+"""A repeated passage counts from its ninth token on: before that even a perfect memory cannot know it is one."""
+VARIANTS = {
+    "plain_copy": "plain copy",
+    "state_alone": "state alone, no skip taps",
+    "skip_alone": "skip taps alone, no state",
+    "no_mixer": "mixer removed",
+    "random_mixer": "random mixer",
+}
+
+
+@torch.no_grad()
+def closeness(
+    teacher: DeltaNetForCausalLM,
+    student: DeltaNetForCausalLM,
+    held_out: torch.Tensor,
+    *,
+    tokens: int = 4096,
+    recall_tokens: int = 2048,
+    seed: int = 0,
+    advance: Callable[[float], None] | None = None,
+) -> dict:
+    """The report, a dict for JSON. held_out (N, T) int64 are windows of text that nothing was fitted on.
+
+    At most about `tokens` of them are used, and `recall_tokens` per probe. Keys: teacher_perplexity,
+    student_perplexity, kl (mean nats per token), each of VARIANTS with perplexity and kl, layers (layer, cosine,
+    relative_error, residual_error), ranking (linear layers, the one that most needs attention first), recall, tokens.
+    `advance(1)` is called up to 4 + len(VARIANTS) times.
+    """
+    advance = advance or (lambda amount: None)
+    length = held_out.shape[1]
+    held_out = held_out[: max(tokens // length, 1)].to(teacher.device)
+    layers = _layers(teacher, student, held_out)
+    advance(1)
+    hidden = {"teacher": _hidden(teacher, held_out), "student": _hidden(student, held_out)}
+    advance(1)
+    for name in _applicable(student):
+        with varied(student, name, teacher, seed):
+            hidden[name] = _hidden(student, held_out)
+        advance(1)
+    scores = _scores(teacher, student, hidden, held_out)
+    advance(1)
+    report = {
+        "tokens": held_out.numel(),
+        "teacher_perplexity": scores["teacher"]["perplexity"],
+        "student_perplexity": scores["student"]["perplexity"],
+        "kl": scores["student"]["kl"],
+        **{name: scores[name] for name in VARIANTS if name in scores},
+        "layers": layers,
+        "ranking": [row["layer"] for row in sorted(layers, key=lambda row: -row["residual_error"])],
+        "recall": recall(teacher, student, held_out, tokens=recall_tokens, seed=seed),
+    }
+    advance(1)
+    return report
+
+
+def _layers(teacher, student, tokens: torch.Tensor) -> list[dict]:
+    """cosine: mean over tokens of the angle between the student's mixer output and the teacher's, given the same
+    input; relative_error: norm of the difference over the norm of the teacher's; residual_error: over the norm of the
+    residual stream it is added to, root mean square over tokens."""
+    stream, rows_of = Stream(teacher, tokens, 4), []
+    for layer, kind in enumerate(student.config.layer_types):
+        sums = torch.zeros(4, dtype=torch.float64)
+        for rows in stream.rows():
+            x = stream.mixer_input(layer, rows)
+            wanted = stream.mix(layer, x)[1]
+            if kind == LINEAR:
+                made = stream.mix(layer, x, student.model.layers[layer])[1]
+                error = (made - wanted).double().square().sum(-1)
+                size = wanted.double().square().sum(-1)
+                after = (stream.hidden[rows] + wanted).double().square().sum(-1)
+                cosine = F.cosine_similarity(made, wanted, dim=-1).double()
+                sums += torch.stack([cosine.sum(), error.sum(), size.sum(), (error / after).sum()]).cpu()
+            stream.advance(layer, rows, wanted)
+        if kind == LINEAR:
+            rows_of.append(
+                {
+                    "layer": layer,
+                    "cosine": sums[0].item() / tokens.numel(),
+                    "relative_error": math.sqrt(sums[1] / sums[2].clamp(min=1e-30)),
+                    "residual_error": math.sqrt(sums[3] / tokens.numel()),
+                }
+            )
+    return rows_of
+
+
+def _hidden(model, tokens: torch.Tensor) -> torch.Tensor:
+    """(N, T, D): the final hidden states, one window at a time."""
+    return torch.cat([model.model(window[None], use_cache=False).last_hidden_state for window in tokens])
+
+
+def _scores(teacher, student, hidden: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, dict]:
+    """Perplexity of the next token and mean KL(teacher || model) in nats, for each of the hidden states."""
+    loss, divergence = dict.fromkeys(hidden, 0.0), dict.fromkeys(hidden, 0.0)
+    inputs, targets = {name: h[:, :-1].flatten(0, 1) for name, h in hidden.items()}, tokens[:, 1:].flatten()
+    for start in range(0, len(targets), LOGIT_TOKENS):
+        rows = slice(start, start + LOGIT_TOKENS)
+        reference = None
+        for name in hidden:  # the teacher comes first
+            head = teacher.lm_head if name == "teacher" else student.lm_head
+            logs = F.log_softmax(head(inputs[name][rows]).float(), -1)
+            reference = logs if reference is None else reference
+            loss[name] += F.nll_loss(logs, targets[rows], reduction="sum").item()
+            divergence[name] += F.kl_div(logs, reference, log_target=True, reduction="sum").item()
+    count = len(targets)
+    return {
+        name: {"perplexity": math.exp(min(loss[name] / count, 700)), "kl": divergence[name] / count} for name in hidden
+    }
+
+
+def _applicable(student) -> list[str]:
+    """The variants that say something about this student."""
+    config = student.config
+    if LINEAR not in config.layer_types:
+        return []
+    has_both = config.read_gate and config.skip_taps > 0
+    return [name for name in VARIANTS if has_both or name not in ("state_alone", "skip_alone")]
+
+
+@contextlib.contextmanager
+def varied(student, variant: str, teacher=None, seed: int = 0) -> Iterator[None]:
+    """The student with every linear layer's mixer replaced by one of VARIANTS, put back afterwards."""
+    kept = {}
+    try:
+        for layer, kind in enumerate(student.config.layer_types):
+            if kind == LINEAR:
+                block = student.model.layers[layer]
+                kept[layer] = block.self_attn
+                original = None if teacher is None else teacher.model.layers[layer].self_attn
+                block.self_attn = _variant(kept[layer], variant, original, seed + layer)
+        yield
+    finally:
+        for layer, mixer in kept.items():
+            student.model.layers[layer].self_attn = mixer
+
+
+def _variant(mixer: DeltaMixer, variant: str, original, seed: int) -> DeltaMixer:
+    """A changed copy of the mixer; `original` is the teacher's attention in its place."""
+    changed = copy.deepcopy(mixer)
+    if variant == "plain_copy":
+        changed.reset_to_plain_copy()
+        changed.o_proj.load_state_dict(_output(original, changed))
+    elif variant == "state_alone":
+        changed.skip_proj.weight.zero_()
+        changed.skip_proj.bias.zero_()
+    elif variant == "skip_alone":
+        changed.read_proj.weight.zero_()
+        changed.read_proj.bias.zero_()
+    elif variant == "no_mixer":
+        changed.o_proj.weight.zero_()
+        if changed.o_proj.bias is not None:
+            changed.o_proj.bias.zero_()
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in changed.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * mixer.config.initializer_range
+            parameter.copy_(noise)
+    return changed
+
+
+def _output(original, changed) -> dict[str, torch.Tensor]:
+    """The teacher's output projection with the bias that the student's has, zero where the teacher has none."""
+    state = {"weight": original.o_proj.weight}
+    if changed.o_proj.bias is not None:
+        bias = original.o_proj.bias
+        state["bias"] = torch.zeros_like(changed.o_proj.bias) if bias is None else bias
+    return state
+
+
+@torch.no_grad()
+def recall(teacher, student, held_out: torch.Tensor, *, tokens: int = 2048, seed: int = 0) -> dict:
+    """Two probes of memory, each the share of tokens that the teacher and the student guess right (argmax).
+
+    repeat: a passage of held-out text, then the same passage again; counted from its ninth token on.
+    needle: a few random tokens early in a text, and at its end the first half of them; counted on the second half.
+    """
+    length = held_out.shape[1]
+    passage = max(min(128, length // 2 - MARGIN), MARGIN + 1)
+    count = max(tokens // (2 * passage), 1)
+    starts = [(row, at) for at in range(0, length - passage + 1, passage) for row in range(len(held_out))][:count]
+    first = torch.stack([held_out[row, at : at + passage] for row, at in starts])
+    repeated = torch.cat([first, first], 1)
+    generator = torch.Generator().manual_seed(seed)
+    needle = torch.randint(teacher.config.vocab_size, (len(first), 8), generator=generator).to(held_out.device)
+    hay = torch.cat([first[:, :MARGIN], needle, first[:, MARGIN:], needle], 1)
+    result = {"distance": passage}
+    for name, ids, counted in (
+        ("repeat", repeated, slice(passage + MARGIN, 2 * passage)),
+        ("needle", hay, slice(hay.shape[1] - 4, hay.shape[1])),
+    ):
+        result[name] = {
+            who: _accuracy(model, ids, counted) for who, model in (("teacher", teacher), ("student", student))
+        }
+    return result
+
+
+def _accuracy(model, ids: torch.Tensor, counted: slice) -> float:
+    """The share of the tokens ids[:, counted] that the model expects most."""
+    right = 0
+    for row in ids:
+        hidden = model.model(row[None], use_cache=False).last_hidden_state[0, counted.start - 1 : counted.stop - 1]
+        right += (model.lm_head(hidden).argmax(-1) == row[counted]).sum().item()
+    return right / (len(ids) * (counted.stop - counted.start))
+
+
+def as_markdown(report: dict) -> str:
+    """The report as a page for people; it reads well in a terminal too."""
+    teacher = report["teacher_perplexity"]
+    lines = [
+        "# How close the student starts",
+        "",
+        f"On {report['tokens']:,} held-out tokens, before any training.",
+        "",
+        "|                            | perplexity | x teacher | KL, nats/token |",
+        "| -------------------------- | ---------: | --------: | -------------: |",
+        _row("teacher", teacher, teacher, 0.0),
+        _row("**student**", report["student_perplexity"], teacher, report["kl"]),
+    ]
+    lines += [
+        _row(label, report[name]["perplexity"], teacher, report[name]["kl"])
+        for name, label in VARIANTS.items()
+        if name in report
+    ]
+    recalled = report["recall"]
+    lines += [
+        "",
+        f"Recall over {recalled['distance']} tokens, share right: "
+        + "; ".join(
+            f"{name} teacher {recalled[name]['teacher']:.3f}, student {recalled[name]['student']:.3f}"
+            for name in ("repeat", "needle")
+        ),
+    ]
+    if report["layers"]:
+        lines += [
+            "",
+            "Each linear layer on the teacher's own hidden states (error / residual stream ranks the layers):",
+            "",
+            "| layer | cosine | relative error | error / residual stream |",
+            "| ----: | -----: | -------------: | ----------------------: |",
+        ]
+        lines += [
+            f"| {row['layer']:>5} | {row['cosine']:>6.3f} | {row['relative_error']:>14.3f} "
+            f"| {row['residual_error']:>23.4f} |"
+            for row in report["layers"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(label: str, perplexity: float, teacher: float, kl: float) -> str:
+    return f"| {label:<26} | {perplexity:>10.4g} | {perplexity / teacher:>9.4g} | {kl:>14.4f} |"
+
+
+def files(report: dict) -> dict[str, str]:
+    """What a student's folder gets: closeness.json, closeness.md, and ranking.json for `--hybrid ranking.json:COUNT`.
+
+    A layer that kept attention was not measured and is not in the ranking; rank a conversion with no attention.
+    """
+    return {
+        "closeness.json": json.dumps(report, indent=2) + "\n",
+        "closeness.md": as_markdown(report),
+        "ranking.json": json.dumps({"ranking": report["ranking"]}) + "\n",
+    }
