@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from .packing import IGNORED
 
@@ -199,7 +200,7 @@ def token_logprobs(
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     pieces = num_chunks_for(len(wanted), weight.shape[0], chunk_tokens)
     values = [
-        torch.utils.checkpoint.checkpoint(_logprobs, h, weight, t, use_reentrant=False)
+        checkpoint(_logprobs, h, weight, t, use_reentrant=False)
         for h, t in zip(flat.tensor_split(pieces), wanted.tensor_split(pieces))
     ]
     return torch.cat(values).reshape(targets.shape)

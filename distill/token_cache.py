@@ -2,7 +2,7 @@
 
 The folder NAME holds ids.bin (uint16 or uint32), bounds.bin (int64: where documents begin, and the end), for chats
 marks.bin (uint8: 1 where a token is supervised) and facts.json with the counts and the sizes of the files. It appears
-by one rename when complete, so several processes may make the same one. Twin: tests/distill/test_data.py.
+by one rename when complete; one process at a time makes it. Twin: tests/distill/test_data.py.
 """
 
 import contextlib
@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,11 +82,13 @@ def tokenise(
     vocab_size: int,
     train_on: str = "assistant",
     stop_ids: Collection[int] = (),
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Tokens:
     """The tokens of a source, from the cache folder or made now.
 
     A text is what the tokenizer makes of it with its special tokens, ended by eos; a chat as in `chat.py`. stop_ids
-    are ids that end a turn besides the tokenizer's eos. Raises UserError for unreadable or empty sources, refused
+    are ids that end a turn besides the tokenizer's eos. `advance` is told the tokens so far after every document, and
+    what it raises leaves no cache. Raises UserError for unreadable or empty sources, refused
     chats, and ids of vocab_size or more; DeltanetError where the cache cannot be written.
     """
     stop_ids = {*stop_ids, *({tokenizer.eos_token_id} - {None})}
@@ -100,7 +101,7 @@ def tokenise(
     if not folder.is_dir():
         documents = _encode(source, files, tokenizer, stop_ids, train_on)
         try:
-            _write(folder, documents, vocab_size, source, stop_ids)
+            _write(folder, documents, vocab_size, source, stop_ids, advance)
         except OSError as error:
             raise DeltanetError(f"{cache}: cannot write the tokens of {source.name}: {error.strerror}") from None
     return _open(folder, source, digest, vocab_size)
@@ -138,8 +139,9 @@ def _encode(source: Source, files, tokenizer, stop_ids, train_on) -> Iterator[tu
         yield from flush()
 
 
-def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: set[int]) -> None:
-    staging = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: set[int], advance) -> None:
+    staging = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
     staging.mkdir(parents=True)
     try:
         dtype = _id_dtype(vocab_size)
@@ -155,6 +157,7 @@ def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: s
                     )
                 ids_file.write(ids.astype(dtype).tobytes())
                 bounds.append(bounds[-1] + len(ids))
+                advance(bounds[-1])
                 if marks_file is not None:
                     marks_file.write(marks.astype(np.uint8).tobytes())
                 last = np.flatnonzero(marks)[-1:] if marks is not None else np.arange(len(ids))[-1:]
@@ -170,9 +173,7 @@ def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: s
         for file in staging.iterdir():
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
-        # Another process may have been faster; its folder is the same by its name.
-        with contextlib.suppress(FileExistsError, OSError) if folder.is_dir() else contextlib.nullcontext():
-            os.rename(staging, folder)
+        os.rename(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -103,6 +103,15 @@ def test_a_hub_data_set_is_read_at_a_commit_and_cached_under_it(tmp_path, monkey
         read(source.model_copy(update={"dataset": str(tmp_path)}))
 
 
+def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
+    digest = text_source(tmp_path, ["ab"]).digest
+    (folder,) = (tmp_path / "cache").iterdir()
+    folder.rename(folder.with_name(f"{folder.name}.tmp"))
+    (tmp_path / "cache" / f"{folder.name}.tmp" / "ids.bin").write_bytes(b"half")
+    assert text_source(tmp_path, ["ab"]).digest == digest
+    assert [*(tmp_path / "cache").iterdir()] == [folder]
+
+
 def test_a_damaged_cache_is_refused_by_name(tmp_path):
     text_source(tmp_path, ["ab"])
     (folder,) = (tmp_path / "cache").iterdir()
@@ -117,6 +126,13 @@ def test_a_failure_while_encoding_leaves_no_cache(tmp_path):
     assert [*(tmp_path / "cache").iterdir()] == []
     with pytest.raises(UserError, match="makes the id 2, but the model has 2 tokens"):
         tokenise(Source(name="s", path=[str(tmp_path / "a.txt")]), *cache_of(tmp_path), vocab_size=2)
+    assert [*(tmp_path / "cache").iterdir()] == []
+
+    def stop(tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        text_source(tmp_path, ["ab"], advance=stop)
     assert [*(tmp_path / "cache").iterdir()] == []
     (tmp_path / "taken").write_text("")
     with pytest.raises(DeltanetError, match="cannot write the tokens of s"):
