@@ -1,6 +1,6 @@
 """What the command line calls: prints the recipe, or the plan of a run, or runs it.
 
-Twin: tests/distill/test_command.py.
+Twin: tests/distill/test_dry_run.py.
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """Perplexity on held-out text and KL to the teacher, of a model in memory, shared out over the ranks.
 
-Twin: tests/distill/test_evaluate.py.
+Twin: tests/distill/test_run.py.
 """
 
 import contextlib

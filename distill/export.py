@@ -1,6 +1,6 @@
 """The finished student as a checkpoint folder: its own dtype, sharded safetensors, the tokenizer, the recipe.
 
-It appears whole or not at all, and is loaded once, strictly, before it counts. Twin: tests/distill/test_export.py.
+It appears whole or not at all, and is loaded once, strictly, before it counts. Twin: tests/distill/test_run.py.
 """
 
 import shutil

@@ -2,7 +2,7 @@
 
 A step is a pure function of (weights, moments, step number): its sequences, learning rate and random seed all follow
 from the number, so a resumed run needs nothing else. All ranks decide alike, from one sum over ranks per step.
-Twins: tests/distill/test_loop.py, tests/fault/.
+Twins: tests/distill/test_resume.py, tests/fault/.
 """
 
 import math

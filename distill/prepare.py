@@ -1,6 +1,6 @@
 """From a recipe to what its stages will read: tokens of every source, the held-out part, and each stage in numbers.
 
-Rank 0 tokenises into the run's cache, the others open what it made. Twin: tests/distill/test_prepare.py.
+Rank 0 tokenises into the run's cache, the others open what it made. Twin: tests/distill/test_run.py.
 """
 
 import math

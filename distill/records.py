@@ -1,6 +1,6 @@
 """What a run writes down before its first step: the resolved recipe, where and with what it runs, what it reads.
 
-A run is resumed only with a recipe that computes the same. Twin: tests/distill/test_records.py.
+A run is resumed only with a recipe that computes the same. Twin: tests/distill/test_run.py.
 """
 
 import json

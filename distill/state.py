@@ -2,7 +2,7 @@
 
 The student is a checkpoint folder of its own (`student/`, float32 where trained), so a commit is at once the start of
 the next stage, the source of the export, and what an evaluation reads. All tensors are whole: a commit knows neither
-the ZeRO stage nor the number of processes. Every rank writes its share of the files. Tests: test_state.py.
+the ZeRO stage nor the number of processes. Every rank writes its share of the files. Tests: test_resume.py.
 """
 
 import json
