@@ -28,8 +28,8 @@ def find_files(source: Source) -> list[Path]:
     """The local files of a source. Raises UserError for a path or glob without one, and for a kind of file unknown."""
     files: list[Path] = []
     for pattern in source.path or ():
-        path = Path(pattern)
-        found = [path] if path.exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+        path = Path(pattern).expanduser()
+        found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not found:
             siblings = [item.name for item in path.parent.glob("*")] if path.parent.is_dir() else []
             raise UserError(f"source {source.name}: {pattern}: no such file{nearest(path.name, siblings)}")

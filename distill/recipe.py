@@ -6,7 +6,6 @@ recipes. The keys are in `schema.py`. Twin: tests/distill/test_recipe.py.
 """
 
 import copy
-import hashlib
 import json
 import typing
 from collections.abc import Sequence
@@ -96,11 +95,6 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recip
 def show(recipe: Recipe) -> str:
     """The resolved recipe as YAML, secrets masked; loading it gives the same recipe."""
     return write_yaml(mask(recipe.model_dump(mode="json")))
-
-
-def digest(recipe: Recipe) -> str:
-    """sha256 of everything in the recipe that decides what is computed."""
-    return hashlib.sha256(json.dumps(_flat(recipe, FREE_KEYS), sort_keys=True).encode()).hexdigest()
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:

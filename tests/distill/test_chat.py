@@ -51,6 +51,24 @@ def test_an_answer_that_repeats_words_of_the_conversation_is_found_in_its_place(
     assert supervised_text(turns, make_tokenizer(CHATML)) == ["stand-in<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<|im_start|>{{ m.role }}<|endoftext|>\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<|endoftext|>\n\n{% endif %}",
+        "<|im_start|>{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content | trim }}<|im_end|>"
+        "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content.strip() }} <|im_end|>"
+        "{% else %}<|im_start|>[INST] {{ m.content.strip() }} [/INST] {% endif %}{% endfor %}",
+    ],
+    ids=["llama3", "mistral", "llama2"],
+)
+def test_templates_without_a_prompt_or_with_headers_are_followed(template):
+    turns = [*TURNS[:1], {"role": "assistant", "content": "a1\n"}, *TURNS[2:]]
+    found = [run.replace(" ", "") for run in supervised_text(turns, make_tokenizer(template))]
+    assert found == ["a1<|im_end|>", "a2<|im_end|>"]
+
+
 def test_spaces_before_the_stop_token_are_supervised_with_it():
     spaced = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content | trim }} <|im_end|>")
     assert supervised_text(PLAIN, make_tokenizer(spaced)) == ["a b\nc <|im_end|>"]

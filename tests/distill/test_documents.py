@@ -42,13 +42,14 @@ def test_every_format_gives_the_same_documents(tmp_path):
     assert read(tmp_path / "d.parquet") == TEXTS
 
 
-def test_globs_are_sorted_blank_documents_skipped_and_a_byte_order_mark_dropped(tmp_path):
+def test_globs_are_sorted_blank_documents_skipped_and_a_byte_order_mark_dropped(tmp_path, monkeypatch):
     (tmp_path / "2.jsonl").write_text(lines({"text": "b"}, {"text": "  \n"}) + "\n")
     (tmp_path / "1.jsonl").write_bytes(b"\xef\xbb\xbf" + lines({"body": "a"}, {"body": "c"}).encode())
     assert read(tmp_path / "2.jsonl") == ["b"]
     assert read(tmp_path / "1.jsonl", field="body") == ["a", "c"]
-    source = Source(name="s", path=[str(tmp_path / "*.jsonl")])
-    assert [file.name for file in find_files(source)] == ["1.jsonl", "2.jsonl"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for pattern in (str(tmp_path / "*.jsonl"), "~/*.jsonl", str(tmp_path.parent / "**" / tmp_path.name / "?.jsonl")):
+        assert [file.name for file in find_files(Source(name="s", path=[pattern]))] == ["1.jsonl", "2.jsonl"]
 
 
 def test_places_point_at_the_document(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deltanet.errors import UserError
-from distill.recipe import changes, digest, json_schema, load_recipe, parse_recipe, recipes_folder, show
+from distill.recipe import changes, json_schema, load_recipe, parse_recipe, recipes_folder, show
 from distill.redact import mask, names_a_secret
 from distill.schema import DEFAULTS_OF, KINDS, LOSSES_OF, READY, Stage
 
@@ -148,16 +148,13 @@ def test_what_is_shown_loads_to_the_same_recipe():
     recipe = parse("", "", "stages.0.lr_groups={mixers: 1e-3}", "evaluation.prompt='1e-5'")
     again = parse_recipe(show(recipe), "shown.yaml")
     assert again == recipe
-    assert digest(again) == digest(recipe)
 
 
-def test_the_digest_and_the_changes_ignore_what_a_resumed_run_may_change():
+def test_changes_are_those_a_resumed_run_may_not_make():
     recipe = parse()
     free = parse("", "", "logging.every_steps=5", "training.commit_every_steps=3", "evaluation.tokens=100")
-    assert digest(free) == digest(recipe)
     assert changes(recipe, free) == []
     other = parse("", "", "stages.1.lr=2e-4", "training.seed=3")
-    assert digest(other) != digest(recipe)
     assert changes(recipe, other) == ["stages.1.lr: 0.0001 -> 0.0002", "training.seed: 0 -> 3"]
     longer = parse("", "", "stages=[{kind: align, steps: 10}]")
     assert any(line.startswith("stages.1.kind: 'distil' -> 'absent'") for line in changes(recipe, longer))
