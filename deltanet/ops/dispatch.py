@@ -84,7 +84,7 @@ def delta_rule_step_(
     """
     check(q, k, v, beta, g=g, state=state, cu_seqlens=None)
     scale = k.shape[3] ** -0.5 if scale is None else scale
-    name = backend or os.environ.get("DELTANET_BACKEND")
+    name = _asked(backend)
     if name not in ("triton", "recurrent"):
         name = "recurrent" if _why_not_triton(q, k, v, beta, g, state, None, needs_grad=False) else "triton"
     return _run(name, "delta_rule_step_")(q, k, v, beta, state, g=g, scale=scale, normalize_qk=normalize_qk)
@@ -101,15 +101,16 @@ def explain_backend(
     cu_seqlens: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Choice:
-    """The backend that `delta_rule` takes for these arguments. Raises UserError for a name that does not exist."""
-    asked = backend or os.environ.get("DELTANET_BACKEND")
-    if asked:
-        if asked not in BACKENDS:
-            origin = "backend" if backend else "DELTANET_BACKEND"
-            raise UserError(f"{origin} is {asked!r}; allowed: {', '.join(BACKENDS)}{nearest(asked, list(BACKENDS))}")
-        return Choice(asked, {})
+    """The backend that `delta_rule` takes for these arguments. Raises UserError for a name that does not exist, and
+    for `recurrent` where it would lose gradients or run documents into each other."""
+    asked = _asked(backend)
     tensors = (q, k, v, beta, g, initial_state)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if asked == "recurrent" and (needs_grad or cu_seqlens is not None):
+        why = "it has no gradients" if needs_grad else "documents are packed"
+        raise UserError(f"delta_rule: backend 'recurrent' cannot run here: {why}; chunk and reference can")
+    if asked:
+        return Choice(asked, {})
     rejected = {}
     why = _why_not_triton(q, k, v, beta, g, initial_state, cu_seqlens, needs_grad)
     if why is None:
@@ -124,6 +125,15 @@ def explain_backend(
     else:
         return Choice("recurrent", rejected)
     return Choice("chunk", rejected)
+
+
+def _asked(backend: str | None) -> str | None:
+    """The backend named in the call or else in the environment; raises UserError for one that does not exist."""
+    asked = backend or os.environ.get("DELTANET_BACKEND")
+    if asked and asked not in BACKENDS:
+        origin = "backend" if backend else "DELTANET_BACKEND"
+        raise UserError(f"{origin} is {asked!r}; allowed: {', '.join(BACKENDS)}{nearest(asked, list(BACKENDS))}")
+    return asked
 
 
 def _why_not_triton(q, k, v, beta, g, state, cu_seqlens, needs_grad) -> str | None:

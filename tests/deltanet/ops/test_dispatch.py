@@ -82,3 +82,16 @@ def test_a_step_checks_its_state():
     made = inputs(1)
     with pytest.raises(UserError, match="the state has shape"):
         delta_rule_step_(made.q, made.k, made.v, made.beta, torch.zeros(1, 2, 16, 15))
+
+
+def test_recurrent_is_refused_where_it_would_be_silently_wrong():
+    with pytest.raises(UserError, match="it has no gradients"):
+        inputs(3).with_grad().call(delta_rule, backend="recurrent")
+    with pytest.raises(UserError, match="documents are packed"):
+        inputs(3, lengths=(1, 2)).call(delta_rule, backend="recurrent")
+
+
+def test_a_step_refuses_a_backend_that_does_not_exist():
+    made = inputs(1, state=True)
+    with pytest.raises(UserError, match=r"backend is 'recurent'.*did you mean 'recurrent'"):
+        delta_rule_step_(made.q, made.k, made.v, made.beta, made.initial_state, backend="recurent")
