@@ -89,8 +89,8 @@ LOSSES_OF = {
     "sft": _TOKEN_LOSSES,
     "pretrain": ("ce", "layer_cosine"),
 }
-# What published conversions agree on: align mixers alone at 1e-3 (RADLADS, arXiv 2505.03005; HALO, 2601.22156), then all
-# parameters by forward KL at T = 1 and 1e-4 or less.
+# What published conversions agree on: align the mixers alone at 1e-3 (RADLADS, arXiv 2505.03005; HALO, 2601.22156),
+# then train everything by forward KL at T = 1 and a rate of 1e-4 or less.
 DEFAULTS_OF = {
     "align": {"trainable": ["mixers"], "lr": 1e-3, "losses": [{"name": "mixer_l2"}]},
     "distil": {"trainable": ["all"], "lr": 1e-4, "losses": [{"name": "forward_kl"}]},
