@@ -15,13 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltanet.config import MIXERS, STATE_HEADS, DeltaNetConfig
-from deltanet.errors import DeltanetError, UserError, nearest
+from deltanet.config import MIXERS, STATE_HEADS
+from deltanet.errors import UserError, nearest
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .execute import Written, execute, write_small
 from .families import teacher_config
-from .layouts import parse_layout
+from .layouts import LINEAR, parse_layout
 from .plan import WEIGHT_DTYPES, Plan, make_plan, student_config
 from .progress import progress
 from .sources import COMPANIONS, Source, open_source
@@ -56,7 +56,8 @@ def convert(
     """Writes the student of `source` to the folder `output` and returns the report: source, output, layout, tensors,
     closeness, seconds, peak_rss_mb, notes, and with dry_run the plan instead of an output.
 
-    `calibrate` is texts (files), `self`, or `none` for the plain copy. Raises UserError for every kind of wrong input,
+    `calibrate` is texts (files), `self`, or `none` for the plain copy; an interrupted calibration goes on from its last
+    finished layer. Raises UserError for every kind of wrong input,
     in which case nothing is left at `output`.
     """
     start = time.monotonic()
@@ -102,8 +103,11 @@ def convert(
         _refuse_full_disk(out, plan.num_bytes)
         overrides = {}
         report["closeness"] = None
+        store = out.absolute().with_name(f".{out.name}.calibration")
         if layout.linear and tuple(calibrate) != ("none",):
-            overrides, report["closeness"] = _calibrate(opened, plan.config, tokenizer, calibrate, held_out, seed)
+            overrides, report["closeness"] = _calibrate(
+                opened.folder, plan, tokenizer, calibrate, held_out, seed, store
+            )
         try:
             with Staging(out, overwrite) as staging:
                 with progress("writing", plan.num_bytes / 1e6, "MB") as advance:
@@ -128,6 +132,7 @@ def convert(
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"-o {out}: the disk is full ({plan.num_bytes:,} bytes are needed)") from None
             raise
+    shutil.rmtree(store, ignore_errors=True)
     return _timed(report, start)
 
 
@@ -189,8 +194,30 @@ def parse_size(option: str, text: str) -> int:
     return max(int(float(match[1]) * UNITS[match[2].upper()]), 1)
 
 
-def _calibrate(opened: Source, config: DeltaNetConfig, tokenizer, texts, held_out, seed) -> tuple[dict, dict]:
-    raise DeltanetError("calibration is not available in this version; use --calibrate none")
+def _calibrate(
+    folder: Path, plan: Plan, tokenizer, texts: Sequence[str], held_out: str | None, seed: int, store: Path
+) -> tuple[dict, dict]:
+    """(new values by tensor name, the closeness report). Finished layers are kept in `store` until all is done."""
+    import torch
+
+    from .calibrate import calibrate
+    from .loading import load_teacher, student_from_teacher
+    from .text import calibration_text
+
+    teacher = load_teacher(folder, torch.float32)
+    with progress("reading the calibration text", 32768, "tokens") as advance:
+        text = calibration_text(texts, held_out, tokenizer, teacher, seed=seed, advance=advance)
+    student = student_from_teacher(teacher, plan.config, share=True)
+    with progress("calibrating", plan.config.num_hidden_layers, "layers") as advance:
+        fitted = calibrate(teacher, student, text.fit, folder=store, advance=advance)
+    state, overrides = student.state_dict(), {}
+    for move in plan.moves:
+        layer = int(move.target.split(".")[2]) if move.target.startswith("model.layers.") else None
+        is_linear = layer is not None and plan.config.layer_types[layer] == LINEAR
+        if is_linear and (move.operation == "new" or ".o_proj." in move.target):
+            overrides[move.target] = state[move.target].to(move.dtype)
+            state[move.target].copy_(overrides[move.target])
+    return overrides, fitted
 
 
 def _write_companions(

@@ -38,8 +38,9 @@ def student_from_teacher(
 ) -> DeltaNetForCausalLM:
     """The plain-copy student: the teacher's tensors under the same names, new tensors at their neutral values.
 
-    `config` is the student's (`plan.student_config`). share=True shares the storage of every teacher tensor, so the
-    student must not be trained or refitted in place; otherwise they are copies. The teacher is not changed.
+    `config` is the student's (`plan.student_config`). share=True shares the storage of the teacher's tensors, except
+    the output projections of linear layers, which calibration refits; such a student must not be trained. Otherwise
+    all are copies.
     Raises UserError where the two configurations do not describe the same tensors.
     """
     source = dict(teacher.state_dict())
@@ -48,10 +49,13 @@ def student_from_teacher(
     for name, shape in teacher_tensors(config).items():
         if name not in source or tuple(source[name].shape) != shape:
             raise UserError(f"the teacher has no {name} of shape {list(shape)}")
-        weights[name] = source[name] if share else source[name].clone()
-    for layer, kind in enumerate(config.layer_types):
-        if kind == LINEAR:
-            weights |= {move.target: move.value() for move in new_tensors(config, layer, dtype)}
+        weights[name] = source[name]
+    linear = {index for index, kind in enumerate(config.layer_types) if kind == LINEAR}
+    for name, tensor in weights.items():
+        if not share or (".o_proj." in name and int(name.split(".")[2]) in linear):
+            weights[name] = tensor.clone()
+    for layer in sorted(linear):
+        weights |= {move.target: move.value() for move in new_tensors(config, layer, dtype)}
     return _build(config, weights, dtype).to(teacher.device)
 
 
