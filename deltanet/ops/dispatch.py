@@ -63,7 +63,8 @@ def delta_rule(
         "normalize_qk": normalize_qk,
     }
     chosen = explain_backend(q, k, v, beta, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend)
-    return _run(chosen.backend, "delta_rule")(q, k, v, beta, **arguments)
+    with torch.autocast(q.device.type, enabled=False):
+        return _run(chosen.backend, "delta_rule")(q, k, v, beta, **arguments)
 
 
 def delta_rule_step_(
@@ -83,11 +84,19 @@ def delta_rule_step_(
     Arguments as `delta_rule`. Returns o (B, T, G*H, V) in v's dtype.
     """
     check(q, k, v, beta, g=g, state=state, cu_seqlens=None)
+    if state.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"delta_rule_step_: the state is {state.dtype}; expected torch.float32")
+    asked = _asked(backend)
+    # An environment that names a form without steps still decodes.
+    if backend and backend not in ("triton", "recurrent"):
+        raise UserError(f"delta_rule_step_: backend {backend!r} has no steps; allowed: triton, recurrent")
+    why = None if asked == "recurrent" else _why_not_triton(q, k, v, beta, g, state, None)
+    if asked == "triton" and why:
+        raise UserError(f"delta_rule_step_: backend 'triton' cannot run here: {why}")
+    name = "recurrent" if asked == "recurrent" or why else "triton"
     scale = k.shape[3] ** -0.5 if scale is None else scale
-    name = _asked(backend)
-    if name not in ("triton", "recurrent"):
-        name = "recurrent" if _why_not_triton(q, k, v, beta, g, state, None, needs_grad=False) else "triton"
-    return _run(name, "delta_rule_step_")(q, k, v, beta, state, g=g, scale=scale, normalize_qk=normalize_qk)
+    with torch.autocast(q.device.type, enabled=False):
+        return _run(name, "delta_rule_step_")(q, k, v, beta, state, g=g, scale=scale, normalize_qk=normalize_qk)
 
 
 def explain_backend(
@@ -102,17 +111,19 @@ def explain_backend(
     backend: str | None = None,
 ) -> Choice:
     """The backend that `delta_rule` takes for these arguments. Raises UserError for a name that does not exist, and
-    for `recurrent` where it would lose gradients or run documents into each other."""
+    for one that cannot run: kernels without a device, `recurrent` with gradients or packed documents."""
     asked = _asked(backend)
     tensors = (q, k, v, beta, g, initial_state)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if asked == "recurrent" and (needs_grad or cu_seqlens is not None):
         why = "it has no gradients" if needs_grad else "documents are packed"
         raise UserError(f"delta_rule: backend 'recurrent' cannot run here: {why}; chunk and reference can")
-    if asked:
+    if asked and asked != "triton":
         return Choice(asked, {})
     rejected = {}
-    why = _why_not_triton(q, k, v, beta, g, initial_state, cu_seqlens, needs_grad)
+    why = _why_not_triton(q, k, v, beta, g, initial_state, cu_seqlens)
+    if asked and why:
+        raise UserError(f"delta_rule: backend 'triton' cannot run here: {why}; chunk and reference can")
     if why is None:
         return Choice("triton", rejected)
     rejected["triton"] = why
@@ -136,8 +147,8 @@ def _asked(backend: str | None) -> str | None:
     return asked
 
 
-def _why_not_triton(q, k, v, beta, g, state, cu_seqlens, needs_grad) -> str | None:
-    if not q.is_cuda:
+def _why_not_triton(q, k, v, beta, g, state, cu_seqlens) -> str | None:
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {q.device.type}"
     try:
         from . import triton
@@ -186,6 +197,8 @@ def check(q, k, v, beta, *, g, state, cu_seqlens) -> None:
                 f"delta_rule: cu_seqlens is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}; "
                 "expected int32 or int64 of shape [documents + 1]"
             )
+        if cu_seqlens.device != q.device:
+            raise UserError(f"delta_rule: cu_seqlens is on {cu_seqlens.device}, q on {q.device}")
         documents = len(cu_seqlens) - 1
         if not cu_seqlens.is_cuda:
             bounds = cu_seqlens.tolist()

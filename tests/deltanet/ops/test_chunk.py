@@ -15,6 +15,7 @@ SHAPES = {
     "plain": {},
     "values wider": {"K": 16, "V": 24},
     "keys wider": {"K": 60, "V": 10},
+    "width 100": {"K": 100, "V": 100, "H": 1},
     "grouped": {"H": 2, "G": 3},
     "batch": {"B": 3, "H": 1},
     "state": {"state": True},
@@ -43,7 +44,7 @@ def test_every_shape(shape, decay):
 
 @pytest.mark.parametrize(
     ("keys", "beta", "decay"),
-    itertools.product(["iid", "cosine", "zero"], ["sigmoid", "one", "high"], [None, "near0", "near1"]),
+    list(itertools.product(["iid", "cosine", "zero"], ["sigmoid", "one", "high"], [None, "near0", "near1"])),
 )
 def test_adversarial_inputs(keys, beta, decay):
     # parallel keys with beta up to 2 amplify rounding: the state's condition, not the method
@@ -98,7 +99,8 @@ def test_heads_are_equivariant():
     made = inputs(40, H=4, decay="mixed", dtype=torch.float64)
     order = torch.tensor([2, 0, 3, 1])
     whole, _ = made.call(delta_rule, backend="chunk")
-    shuffled, _ = delta_rule(*(x[:, :, order] for x in (made.q, made.k, made.v, made.beta)), g=made.g[:, :, order])
+    q, k, v, beta, g = (x[:, :, order] for x in (made.q, made.k, made.v, made.beta, made.g))
+    shuffled, _ = delta_rule(q, k, v, beta, g=g, backend="chunk")
     assert error(shuffled, whole[:, :, order]) < EXACT
 
 

@@ -78,6 +78,32 @@ def test_packed_documents_need_a_batch_of_one():
         made.call(delta_rule)
 
 
+def test_kernels_named_without_a_device_say_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    made = inputs(3, state=True)
+    with pytest.raises(UserError, match="'triton' cannot run here: the tensors are on cpu"):
+        made.call(delta_rule, backend="triton")
+    with pytest.raises(UserError, match="'triton' cannot run here: the tensors are on cpu"):
+        delta_rule_step_(made.q, made.k, made.v, made.beta, made.initial_state, backend="triton")
+
+
+def test_a_step_refuses_forms_without_steps_and_narrow_states():
+    made = inputs(1, state=True)
+    arguments = (made.q, made.k, made.v, made.beta)
+    with pytest.raises(UserError, match="'chunk' has no steps"):
+        delta_rule_step_(*arguments, made.initial_state, backend="chunk")
+    with pytest.raises(UserError, match="the state is torch.float16"):
+        delta_rule_step_(*arguments, made.initial_state.half())
+
+
+def test_autocast_does_not_narrow_the_operation():
+    made = inputs(60)
+    plain, _ = made.call(delta_rule)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = made.call(delta_rule)
+    assert torch.equal(plain, cast)
+
+
 def test_a_step_checks_its_state():
     made = inputs(1)
     with pytest.raises(UserError, match="the state has shape"):
