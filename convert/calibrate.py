@@ -59,7 +59,8 @@ def calibrate(
         outputs = torch.empty_like(attention.hidden)
         if kind == LINEAR:
             report = store.load(layer, student) if store else None
-        if kind == LINEAR and report is None:
+        is_new = kind == LINEAR and report is None
+        if is_new:
             report = _fit_layer(layer, attention, own, block, outputs, settings)
         else:
             for rows in attention.rows():
@@ -75,7 +76,7 @@ def calibrate(
         if kind == LINEAR:
             report["explained"] = 1 - (error / outputs.double().square().sum().clamp(min=1e-30)).item()
             layers.append(report)
-            if store:
+            if store and is_new:
                 store.save(layer, student, report)
         if advance is not None:
             advance(1)
