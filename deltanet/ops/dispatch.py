@@ -90,7 +90,7 @@ def delta_rule_step_(
     # An environment that names a form without steps still decodes.
     if backend and backend not in ("triton", "recurrent"):
         raise UserError(f"delta_rule_step_: backend {backend!r} has no steps; allowed: triton, recurrent")
-    why = None if asked == "recurrent" else _why_not_triton(q, k, v, beta, g, state, None)
+    why = None if asked == "recurrent" else _why_not_triton(q, k, v, beta, g, state, None, named=asked == "triton")
     if asked == "triton" and why:
         raise UserError(f"delta_rule_step_: backend 'triton' cannot run here: {why}")
     name = "recurrent" if asked == "recurrent" or why else "triton"
@@ -121,7 +121,7 @@ def explain_backend(
     if asked and asked != "triton":
         return Choice(asked, {})
     rejected = {}
-    why = _why_not_triton(q, k, v, beta, g, initial_state, cu_seqlens)
+    why = _why_not_triton(q, k, v, beta, g, initial_state, cu_seqlens, named=asked == "triton")
     if asked and why:
         raise UserError(f"delta_rule: backend 'triton' cannot run here: {why}; chunk and reference can")
     if why is None:
@@ -147,8 +147,9 @@ def _asked(backend: str | None) -> str | None:
     return asked
 
 
-def _why_not_triton(q, k, v, beta, g, state, cu_seqlens) -> str | None:
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+def _why_not_triton(q, k, v, beta, g, state, cu_seqlens, named: bool) -> str | None:
+    """`named`: the caller asked for the kernels, so Triton's interpreter may stand in for a device."""
+    if not q.is_cuda and not (named and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the tensors are on {q.device.type}"
     try:
         from . import triton

@@ -18,6 +18,11 @@ def test_long_inputs_on_a_cpu_take_chunk_and_say_why():
     assert str(chosen) == "chunk (triton not: the tensors are on cpu; recurrent not: 100 tokens, above 16)"
 
 
+def test_the_interpreter_is_never_chosen_by_itself(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choice(inputs(100)).backend == "chunk"
+
+
 def test_short_inputs_take_recurrent_only_without_gradients():
     assert choice(inputs(3)).backend == "recurrent"
     made = inputs(3).with_grad()
@@ -92,7 +97,7 @@ def test_a_step_refuses_forms_without_steps_and_narrow_states():
     arguments = (made.q, made.k, made.v, made.beta)
     with pytest.raises(UserError, match="'chunk' has no steps"):
         delta_rule_step_(*arguments, made.initial_state, backend="chunk")
-    with pytest.raises(UserError, match="the state is torch.float16"):
+    with pytest.raises(UserError, match=r"the state is torch\.float16"):
         delta_rule_step_(*arguments, made.initial_state.half())
 
 
