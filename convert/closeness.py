@@ -159,6 +159,7 @@ def varied(student, variant: str, teacher=None, seed: int = 0) -> Iterator[None]
             student.model.layers[layer].self_attn = mixer
 
 
+@torch.no_grad()
 def _variant(mixer: DeltaMixer, variant: str, original, seed: int) -> DeltaMixer:
     """A changed copy of the mixer; `original` is the teacher's attention in its place."""
     changed = copy.deepcopy(mixer)

@@ -1,0 +1,185 @@
+"""Text for calibration: every format, what is set aside, and what the teacher writes. Twin of convert/text.py."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from demo_pair import DEMO, demo_teacher
+from transformers import AutoTokenizer
+
+from convert.text import calibration_text, document_start, read_documents, set_aside, tokenise, write_text
+from deltanet import UserError
+
+CHAT = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A fox."}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return demo_teacher()
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("a story", "a story"),
+        ({"text": "a story", "source": "x"}, "a story"),
+        ({"messages": CHAT}, CHAT),
+        ({"conversations": [{"from": "human", "value": "Who are you?"}, {"from": "gpt", "value": "A fox."}]}, CHAT),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Who are you?"}],
+                "chosen": {"from": "gpt", "value": "A fox."},
+                "rejected": {"from": "gpt", "value": "No."},
+            },
+            CHAT,
+        ),
+        ({"instruction": "Who are you?", "input": "", "output": "A fox."}, CHAT),
+        (
+            {"instruction": "Who", "input": "are you?", "output": "A fox."},
+            [{**CHAT[0], "content": "Who\nare you?"}, CHAT[1]],
+        ),
+        ({"prompt": "Who are you?", "completion": "A fox."}, CHAT),
+    ],
+    ids=["string", "text", "messages", "conversations", "preference", "instruction", "instruction-input", "prompt"],
+)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
+def test_rows_of_every_kind_are_read(tmp_path, row, expected, suffix):
+    path = tmp_path / f"rows{suffix}"
+    content = json.dumps([row, row]) if ".jsonl" not in suffix else f"{json.dumps(row)}\n\n{json.dumps(row)}\n"
+    path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
+    assert read_documents(path) == [expected, expected]
+
+
+def test_plain_text_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("Ein Märchen.\n\nZwei.", encoding="utf-8")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("Ein Märchen.".encode()))
+    assert read_documents(tmp_path / "a.txt") == ["Ein Märchen.\n\nZwei."]
+    assert read_documents(tmp_path / "b.txt.gz") == ["Ein Märchen."]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"text\n", r"a\.csv: not a text this can read; allowed: \.txt"),
+        ("a.json", b'{"text": 1', r"a\.json: not a JSON list"),
+        ("a.jsonl", b'{"text": "x"}\nno\n', r"a\.jsonl: not JSON lines"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r"a\.jsonl:2: no text in it"),
+        ("a.json", b'[{"messages": [{"role": "user"}]}]', r"row 1: a turn of a chat needs role and content"),
+        ("a.txt.gz", b"not gzip", r"a\.txt\.gz: unreadable text"),
+        ("a.txt", b"\xff\xfe\xfa", r"a\.txt: unreadable text"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}')[:-9], r"a\.jsonl\.gz: unreadable text"),
+    ],
+)
+def test_unreadable_text_is_one_error_that_names_the_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_documents(tmp_path / name)
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.txt"):
+        read_documents(tmp_path / "nothing.txt")
+
+
+def test_what_is_set_aside_and_the_rest_are_the_whole_text_and_do_not_overlap():
+    documents = ["a" * 40, "b" * 30, "c" * 30]
+    first, last = set_aside(documents, 0.1)
+    assert "".join(first) + "".join(last) == "".join(documents)
+    assert "".join(last) == "c" * 10
+
+
+def test_a_chat_is_never_cut():
+    chats = [[{"role": "user", "content": "x" * 10}] for _ in range(10)]
+    first, last = set_aside(chats, 0.15)
+    assert first + last == chats
+    assert len(last) == 2
+
+
+def test_held_out_windows_share_no_text_with_those_that_are_fitted(tmp_path, tokenizer):
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"text": f"number {i} " * 40}) + "\n" for i in range(100)))
+    text = calibration_text([str(path)], None, tokenizer, None, tokens=2048, held_out_tokens=512, length=128)
+    assert len(text.fit) == 16
+    assert len(text.held_out) == 4
+    seen, kept = (
+        {word for row in rows for word in tokenizer.decode(row).split() if word.isdigit() and len(word) == 2}
+        for rows in (text.fit, text.held_out)
+    )
+    assert seen & {str(i) for i in range(91, 100)} == set()
+    assert kept <= {str(i) for i in range(89, 100)}
+
+
+def test_a_held_out_file_replaces_the_last_tenth(tmp_path, tokenizer):
+    (tmp_path / "fit.txt").write_text("one day a fox ran home. " * 400)
+    (tmp_path / "other.txt").write_text("the bird sang. " * 400)
+    text = calibration_text(
+        [str(tmp_path / "fit.txt")], str(tmp_path / "other.txt"), tokenizer, None, tokens=512, length=64
+    )
+    assert "bird" in tokenizer.decode(text.held_out[0])
+    assert "fox" not in tokenizer.decode(text.held_out.flatten())
+    assert "bird" not in tokenizer.decode(text.fit.flatten())
+
+
+def test_sources_get_equal_shares(tmp_path, tokenizer):
+    for name, words in (("long", "the bird sang. " * 5000), ("short", "a fox ran. " * 500)):
+        (tmp_path / f"{name}.txt").write_text(words)
+    sources = [str(tmp_path / "long.txt"), str(tmp_path / "short.txt")]
+    text = calibration_text(sources, None, tokenizer, None, tokens=1024, length=64)
+    assert ["bird" in tokenizer.decode(row) for row in text.fit] == [True] * 8 + [False] * 8
+
+
+def test_too_little_text_says_how_much_is_needed(tmp_path, tokenizer):
+    (tmp_path / "short.txt").write_text("a fox")
+    with pytest.raises(UserError, match=r"short\.txt: \d+ tokens of text; at least one window of 64"):
+        calibration_text([str(tmp_path / "short.txt")], None, tokenizer, None, length=64)
+
+
+def test_documents_begin_with_the_end_of_text_mark(tokenizer):
+    start = document_start(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(start) == "<|endoftext|>"
+    rows = tokenise(tokenizer, ["a fox ran home"] * 40, 2, 32, "rows")
+    assert rows[0, 0] == start
+    assert (rows == start).sum() > 5
+
+
+def test_the_teacher_writes_the_same_text_for_the_same_seed(teacher, tokenizer):
+    first, again, other = (write_text(teacher, tokenizer, 4, 24, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (4, 24)
+    assert first[0, 0] == first[1, 0] == document_start(tokenizer)
+
+
+def test_what_the_teacher_writes_is_likely_to_the_teacher(teacher, tokenizer):
+    """Sampled tokens must follow the teacher's own chances: their mean loss is near the mean entropy."""
+    rows = write_text(teacher, tokenizer, 8, 64, seed=3)
+    with torch.no_grad():
+        logs = torch.log_softmax(teacher(rows).logits[:, 2:-1], -1)
+    loss = -logs.gather(-1, rows[:, 3:, None]).mean()
+    entropy = -(logs.exp() * logs).sum(-1).mean()
+    assert abs(loss - entropy) < 0.25  # 488 tokens, each with a spread of about 1.5 nats
+
+
+def test_progress_counts_every_written_token(teacher, tokenizer):
+    told = []
+    write_text(teacher, tokenizer, 3, 10, seed=0, advance=told.append)
+    assert sum(told) == 3 * 9 - 1  # one row begins with two given tokens
+
+
+def test_the_teachers_own_text_is_set_aside_by_whole_rows(teacher, tokenizer):
+    text = calibration_text(["self"], None, tokenizer, teacher, tokens=128, held_out_tokens=64, length=32)
+    assert text.fit.shape == (4, 32)
+    assert text.held_out.shape == (2, 32)
+    assert not any(torch.equal(a, b) for a in text.fit for b in text.held_out)
+
+
+@pytest.mark.parametrize(("source", "message"), [("self", "needs a teacher"), ("story.txt", "no tokenizer")])
+def test_what_is_missing_is_named(source, message):
+    with pytest.raises(UserError, match=message):
+        calibration_text([source], None, None, None)
