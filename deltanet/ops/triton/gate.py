@@ -1,0 +1,87 @@
+"""The gradient of the log decays, from what the walks left behind, and two small kernels around the backward.
+
+    dg_t = (pairs j < t <= i inside the chunk) + sum_{j < t} z_j + sum_{i >= t} y_i + c        c = e^{a_C} <dS_1, S_0>
+
+y_i and z_j are what token i reads of S_0 and what token j leaves in dS_1. No walk holds both states, but with
+E = <S_0, dS_0> a chunk's  c = E - sum y  and the next chunk's E = c + sum z, from an exact E every STEP tokens. Where a
+chunk keeps less of its state than the operands' rounding (a_C < FORGOTTEN), c is taken as 0: the difference would be noise.
+"""
+
+import triton
+import triton.language as tl
+
+from .backward import anchor_slot, loss_scale
+from .chunk import LOWEST_DECAY, span, wide
+from .forward import power_of_two
+
+
+@triton.jit
+def chain(keep_1, add_1, keep_2, add_2):
+    """E -> keep E + add, the second after the first."""
+    return keep_1 * keep_2, add_1 * keep_2 + add_2
+
+
+@triton.jit(do_not_specialize=["T", "H", "nseg", "heads", "part", "edge_part"])
+def gate_kernel(
+    g, pairs, z, y, edges, dg, cu, shift, largest, scale, T, H, nseg, heads, part, edge_part,
+    C: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, EDGES: tl.constexpr, VARLEN: tl.constexpr,
+    FORGOTTEN: tl.constexpr,
+):  # fmt: skip
+    """Grid (documents * H, segments); pairs and z come in PARTS parts, y and edges in EDGES."""
+    seg = tl.program_id(1)
+    nh = tl.program_id(0)
+    h = nh % H
+    b, t0, t1 = span(nh // H, seg, nseg, cu, T, STEP, VARLEN)
+    NC: tl.constexpr = STEP // C
+    token = tl.arange(0, NC)[:, None] * C + tl.arange(0, C)[None, :]
+    rc = tl.arange(0, C)
+    earlier = tl.where(rc[:, None] < rc[None, :], 1.0, 0.0)
+    later = tl.where(rc[:, None] >= rc[None, :], 1.0, 0.0)
+    restore = scale / loss_scale(largest) / power_of_two(tl.load(shift + heads + nh))
+    row = (wide(b) * T) * H + h
+    slot = anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP, VARLEN)
+    for t in tl.range(t0, t1, STEP):
+        inside = t + token < t1
+        at = row + (t + token).to(tl.int64) * H
+        decay = tl.sum(tl.maximum(tl.load(g + at, mask=inside, other=0.0).to(tl.float32), LOWEST_DECAY), 1)
+        near = tl.zeros([NC, C], tl.float32)
+        left = tl.zeros([NC, C], tl.float32)
+        read = tl.zeros([NC, C], tl.float32)
+        edge = 0.0
+        for i in tl.static_range(PARTS):
+            near += tl.load(pairs + i * wide(part) + at, mask=inside, other=0.0)
+            left += tl.load(z + i * wide(part) + at, mask=inside, other=0.0)
+        for i in tl.static_range(EDGES):
+            read += tl.load(y + i * wide(part) + at, mask=inside, other=0.0)
+            edge += tl.load(edges + i * wide(edge_part) + (slot + (t - t0) // STEP) * H + h)
+        keep = tl.where(decay > FORGOTTEN, 1.0, 0.0)
+        sum_left = tl.sum(left, 1)
+        kept, added = tl.associative_scan((keep, sum_left - keep * tl.sum(read, 1)), 0, chain)
+        carried = keep * (kept * edge + added - sum_left)
+        near += tl.dot(left, earlier, input_precision="ieee") + tl.dot(read, later, input_precision="ieee")
+        tl.store(dg + at, ((near + carried[:, None]) * restore).to(dg.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def largest_kernel(x, factor, out, N, BLOCK: tl.constexpr):
+    """out = max(out, factor * max |x|) as float32 bits, which order like integers; exact in any order."""
+    largest = tl.zeros([BLOCK], tl.float32)
+    for at in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, N, tl.num_programs(0) * BLOCK, num_stages=4):
+        r = at + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(x + r, mask=r < N, other=0.0).to(tl.float32)))
+    tl.atomic_max(out, (tl.max(largest, axis=0) * factor).to(tl.int32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def unit_gradient_kernel(x, dx, rows, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr):
+    """In place, the gradient of x from that of x / |x|: (dx - y (y . dx)) / |x| with y = x / |x|. Rows [rows, K]."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, KP)
+    at = r[:, None] * K + d[None, :]
+    inside = (r < rows)[:, None] & (d < K)[None, :]
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32)
+    length = tl.rsqrt(tl.sum(values * values, 1) + 1e-6)[:, None]
+    values = values * length
+    gradient = (gradient - values * tl.sum(values * gradient, 1)[:, None]) * length
+    tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=inside)

@@ -1,0 +1,247 @@
+"""The host's side of the kernels: allocate, choose, launch. Plain functions on tensors; operator.py makes them operators.
+
+Kernels read tensors through tensor maps where the card and the strides allow it (Hopper, rows of a multiple of 16 bytes,
+half precision), else through pointers. No function here looks at a value on the device.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .backward import key_kernel, query_kernel, write_kernel
+from .configs import ANCHOR, CHUNK, SCAN, choose, group_block, padded, segments
+from .decode import step_kernel
+from .forward import forward_kernel, scan_kernel
+from .gate import gate_kernel, largest_kernel, unit_gradient_kernel
+
+
+@cache
+def card(device: torch.device) -> tuple[int, int]:
+    """Compute capability (major) and multiprocessors; a stand-in where the interpreter plays the card."""
+    if device.type != "cuda":
+        return 9, 2
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.multi_processor_count
+
+
+@dataclass(frozen=True)
+class Case:
+    """What fixes the kernels and grids of one call, apart from data."""
+
+    B: int
+    T: int
+    H: int
+    G: int
+    K: int
+    V: int
+    documents: int
+    is_gated: bool
+    is_packed: bool
+    normalizes: bool
+    half: bool
+    tensor_maps: bool
+    segments: int
+
+    @property
+    def step(self) -> int:
+        return ANCHOR if self.is_gated else CHUNK
+
+    @property
+    def heads(self) -> int:
+        return self.documents * self.H
+
+    def shape_flags(self) -> dict:
+        return {
+            "G": self.G,
+            "K": self.K,
+            "V": self.V,
+            "KP": padded(self.K),
+            "VP": padded(self.V),
+            "C": CHUNK,
+            "STEP": self.step,
+            "TMA": self.tensor_maps,
+            "TMA_OUT": self.tensor_maps and not self.is_packed,
+            "GATED": self.is_gated,
+            "NORM": self.normalizes,
+            "VARLEN": self.is_packed,
+            "DT": tl.float16 if self.half else tl.float32,
+        }
+
+
+def case(q, k, v, g, cu_seqlens, normalize: bool, num_segments: int | None = None) -> Case:
+    B, T, HQ, K = q.shape
+    H, V = k.shape[2], v.shape[3]
+    half = v.dtype != torch.float32
+    major, multiprocessors = card(q.device)
+    documents = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if num_segments is None:
+        tiles = padded(V) // choose("forward", padded(K), padded(V)).tile
+        step = CHUNK if g is None else ANCHOR
+        # documents of a pack are cut alike, by their mean length
+        num_segments = segments(documents * H * tiles, T // max(documents, 1), step, multiprocessors)
+    aligned = K % 8 == 0 and V % 8 == 0 and all(x.storage_offset() % 8 == 0 for x in (q, k, v))
+    return Case(
+        B, T, H, HQ // H, K, V, documents, g is not None, cu_seqlens is not None, normalize, half,
+        half and aligned and major >= 9, num_segments,
+    )  # fmt: skip
+
+
+def rows(c: Case, x: torch.Tensor | None, heads: int, width: int):
+    """A (B, T, heads, size) tensor as the kernels read it: in boxes of CHUNK tokens, `heads` heads, `width` columns."""
+    if x is None or not c.tensor_maps:
+        return x
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, CHUNK, heads, width])
+
+
+def written(c: Case, x: torch.Tensor | None, heads: int, width: int):
+    """As `rows`, for a tensor that kernels write: a tensor map cannot stop at a document's end."""
+    return x if c.is_packed else rows(c, x, heads, width)
+
+
+def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, save: bool):
+    """o, final state, and for the backward x, shift, starts, maps (the last two only where segments are cut)."""
+    KP, VP = padded(c.K), padded(c.V)
+    config = choose("forward", KP, VP)
+    GB = group_block(c.G, config.group)
+    BV = config.tile
+    n = c.segments
+    single = q.new_empty
+    o = torch.empty(c.B, c.T, c.G * c.H, c.V, dtype=v.dtype, device=q.device)
+    final = single(c.documents, c.H, c.K, c.V, dtype=torch.float32)
+    x = torch.empty(v.shape, dtype=torch.float16 if c.half else torch.float32, device=q.device) if save else None
+    shift = torch.zeros(2, c.heads, dtype=torch.int32, device=q.device)
+    maps = offsets = starts = None
+    if n > 1:
+        maps = single(c.heads, n, c.K, c.K, dtype=torch.float32)
+        offsets = single(c.heads, n, c.K, c.V, dtype=torch.float32)
+        starts = single(c.heads, n, c.K, c.V, dtype=torch.float32)
+    inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, v, 1, BV), beta, g]
+    outputs = [written(c, o, GB, BV), written(c, x, 1, BV)]
+    flags = c.shape_flags() | {"GB": GB, "BV": BV, "STAGES": config.stages, "num_warps": config.num_warps}
+    sizes = (scale, c.T, c.H, n, c.heads)
+    for retry in range(2 if c.half else 1):
+        if n > 1:
+            forward_kernel[(c.heads * ((VP + KP) // BV), n)](
+                *inputs, None, None, initial_state, offsets, maps, cu_seqlens, shift, *sizes,
+                MAP=True, RETRY=retry, **flags,
+            )  # fmt: skip
+            scan(c, maps, offsets, initial_state, starts, None, shift, reverse=False, retry=retry)
+        forward_kernel[(c.heads * (VP // BV), n)](
+            *inputs, *outputs, initial_state if n == 1 else starts, final, None, cu_seqlens, shift, *sizes,
+            MAP=False, RETRY=retry and (1 if n == 1 else 2), **flags,
+        )  # fmt: skip
+    return o, final, x, shift, starts, maps
+
+
+def scan(c: Case, maps, offsets, first, states, last, shift, *, reverse: bool, retry: int) -> None:
+    BV = min(SCAN.tile, padded(c.V))
+    scan_kernel[(c.heads * (padded(c.V) // BV),)](
+        maps, offsets, first, states, last, shift, c.segments,
+        K=c.K, V=c.V, KP=padded(c.K), VP=padded(c.V), BV=BV, REVERSE=reverse, RETRY=retry, num_warps=SCAN.num_warps,
+    )  # fmt: skip
+
+
+def largest(c: Case, do, dfinal, scale: float) -> torch.Tensor:
+    """The largest |do| and |dfinal| / scale, as float32 bits."""
+    out = torch.zeros(1, dtype=torch.int32, device=do.device)
+    for x, factor in ((do, 1.0), (dfinal, 1.0 / abs(scale))):
+        if x is not None:
+            grid = (min(triton.cdiv(x.numel(), 2048), 8 * card(x.device)[1]),)
+            largest_kernel[grid](x, factor, out, x.numel(), BLOCK=2048, num_warps=4)
+    return out
+
+
+def backward(
+    c: Case, q, k, v, beta, g, x, shift, starts, maps, do, dfinal, cu_seqlens, scale: float, wants_initial: bool
+):
+    """dq, dk, dv, dbeta, dg (None without a gate), dinitial (None unless wanted)."""
+    KP, VP = padded(c.K), padded(c.V)
+    n = c.segments
+    B, T, H, heads = c.B, c.T, c.H, c.heads
+    device = q.device
+    tile_area = 64 * 64 if c.half else 32 * 32
+    whole = KP * VP <= tile_area
+    write, key, query = choose("write", KP, VP), choose("key", VP, KP), choose("query", VP, KP)
+    BV = VP if whole else write.tile
+    single = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)
+    half = lambda *shape: torch.empty(shape, dtype=x.dtype, device=device)
+    most = largest(c, do, dfinal, scale)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dw, dk_half = half(*v.shape), half(*k.shape)
+    dbeta = single(VP // BV, B, T, H)
+    dinitial = single(c.documents, H, c.K, c.V) if wants_initial else None
+    part = B * T * H
+    pairs = z = anchors = None
+    key_tiles = 1 if whole else KP // key.tile
+    if c.is_gated:
+        pairs, z = single(key_tiles, B, T, H), single(key_tiles, B, T, H)
+        slots = T // ANCHOR + c.documents * n if c.is_packed else B * (T // ANCHOR + n)
+        anchors = single(slots, H, c.K, c.V)
+    flags = c.shape_flags()
+
+    GB = group_block(c.G, write.group)
+    writing = flags | {"GB": GB, "BV": BV, "STAGES": write.stages, "num_warps": write.num_warps}
+    inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, x, 1, BV), beta, g, rows(c, do, GB, BV)]
+    dlast = dfinal
+    if n > 1:
+        offsets, dlast = single(heads, n, c.K, c.V), single(heads, n, c.K, c.V)
+        write_kernel[(heads * (VP // BV), n)](
+            *inputs, None, None, None, None, None, None, None, None, offsets, cu_seqlens, shift, most, scale,
+            T, H, n, heads, part, MAP=True, KEYS=False, **writing,
+        )  # fmt: skip
+        scan(c, maps, offsets, dfinal, dlast, None, shift, reverse=True, retry=0)
+    write_kernel[(heads * (VP // BV), n)](
+        *inputs, dlast, written(c, dv, 1, BV), written(c, dw, 1, BV), written(c, dk_half, 1, KP), dbeta, pairs, z, anchors,
+        dinitial, cu_seqlens, shift, most, scale, T, H, n, heads, part, MAP=False, KEYS=whole, **writing,
+    )  # fmt: skip
+    if not whole:
+        GB, BK = group_block(c.G, key.group), key.tile
+        key_kernel[(heads * (KP // BK), n)](
+            rows(c, q, GB, BK), rows(c, k, 1, BK), rows(c, k, 1, KP), rows(c, q, GB, KP), rows(c, x, 1, VP), beta, g,
+            rows(c, do, GB, VP), rows(c, dw, 1, VP), dlast, written(c, dk_half, 1, BK), pairs, z, anchors, cu_seqlens,
+            most, scale, T, H, n, part, GB=GB, BK=BK, STAGES=key.stages, num_warps=key.num_warps, **flags,
+        )  # fmt: skip
+    GB, BK = group_block(c.G, query.group), KP if whole else query.tile
+    y = edges = None
+    if c.is_gated:
+        y, edges = single(KP // BK, B, T, H), single(KP // BK, slots, H)
+    query_kernel[(heads * (KP // BK), n)](
+        rows(c, q, GB, BK), rows(c, k, 1, BK), rows(c, k, 1, KP), rows(c, q, GB, KP), rows(c, x, 1, VP), beta, g,
+        rows(c, do, GB, VP), rows(c, dw, 1, VP), starts, rows(c, dk_half, 1, BK), written(c, dq, GB, BK),
+        written(c, dk, 1, BK), y, anchors, edges, cu_seqlens, shift, most, scale, T, H, n, heads, part,
+        edges[0].numel() if c.is_gated else 0, GB=GB, BK=BK, STAGES=query.stages, num_warps=query.num_warps, **flags,
+    )  # fmt: skip
+    if c.normalizes and KP != BK:
+        for value, gradient in ((q, dq), (k, dk)):
+            block = max(1, 4096 // KP)
+            num_rows = value.numel() // c.K
+            unit_gradient_kernel[(triton.cdiv(num_rows, block),)](
+                value, gradient, num_rows, K=c.K, KP=KP, BLOCK=block, num_warps=4
+            )
+    dg = None
+    if c.is_gated:
+        dg = torch.empty_like(g)
+        gate_kernel[(heads, n)](
+            g, pairs, z, y, edges, dg, cu_seqlens, shift, most, scale, T, H, n, heads, part, edges[0].numel(),
+            C=CHUNK, STEP=ANCHOR, PARTS=key_tiles, EDGES=KP // BK, VARLEN=c.is_packed,
+            FORGOTTEN=-8.3 if c.half else -14.0, num_warps=1,
+        )  # fmt: skip
+    return dq, dk, dv, dbeta.sum(0).to(beta.dtype), dg, dinitial
+
+
+def step(q, k, v, beta, g, state, scale: float, normalize: bool) -> torch.Tensor:
+    """o of a few tokens; `state` is updated in place."""
+    B, T, HQ, K = q.shape
+    H, V = k.shape[2], v.shape[3]
+    KP = padded(K)
+    BV = min(max(16, 2048 // KP), padded(V))
+    o = torch.empty(B, T, HQ, V, dtype=v.dtype, device=q.device)
+    step_kernel[(B * H * triton.cdiv(V, BV),)](
+        q, k, v, beta, g, o, state, scale, T, H,
+        G=HQ // H, K=K, V=V, KP=KP, BV=BV, NORM=normalize, num_warps=2,
+    )  # fmt: skip
+    return o

@@ -1,0 +1,79 @@
+"""Every shipped configuration of every kernel compiles ahead of time, and says how much it spills.
+
+No card is needed. sm_90 takes every entry of the tables, gated and not, bfloat16 and, for half of them, float32; sm_80
+and sm_100 the entries that models use most. One process per test, since another test file may have asked for the
+interpreter.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SPILL_BOUND = 768
+"""Bytes of stack per thread: above, the inner loop lives in local memory."""
+
+PROGRAM = """
+import dataclasses, sys
+sys.path.insert(0, {here!r})
+import torch
+from aot import compile_for, recorded
+from deltanet.ops.triton import launch
+
+def kernels(K, V, G, dtype, gated, normalize, packed, segments, tensor_maps):
+    B, T, H = 1, 64, 2
+    q, k, v = (torch.zeros(B, T, h, d, dtype=dtype) for h, d in ((G * H, K), (H, K), (H, V)))
+    beta, g = torch.zeros(B, T, H, dtype=dtype), torch.zeros(B, T, H) if gated else None
+    cu = torch.zeros(2, dtype=torch.int32) if packed else None
+    first = torch.zeros(1, H, K, V)
+    c = launch.case(q, k, v, g, cu, normalize, segments)
+    c = dataclasses.replace(c, tensor_maps=c.tensor_maps and tensor_maps)
+    with recorded() as launches:
+        o, final, x, shift, starts, maps = launch.forward(c, q, k, v, beta, g, first, cu, 0.1, True)
+        start = first if starts is None else starts
+        launch.backward(c, q, k, v, beta, g, x, shift, start, maps, o, final, cu, 0.1, True)
+        launch.step(q[:, :1], k[:, :1], v[:, :1], beta, g, first, 0.1, normalize)
+    return launches
+
+capability = {capability}
+worst = 0
+for case in {cases}:
+    for kernel, arguments, options in kernels(*case, tensor_maps=capability >= 90):
+        if arguments.get("RETRY"):
+            continue  # the same kernel with a factor on v
+        registers, stack = compile_for(capability, kernel, arguments, options)
+        worst = max(worst, stack)
+        print(f"sm_{{capability}} {{case[:7]}} {{kernel.__name__}}: {{registers}} registers, {{stack}} bytes of stack")
+print("WORST", worst)
+"""
+
+BF16, FP32 = "torch.bfloat16", "torch.float32"
+
+
+def built(capability: int, cases: list[tuple]) -> int:
+    text = "[" + ", ".join(f"({K}, {V}, {G}, {dtype}, *{rest})" for K, V, G, dtype, *rest in cases) + "]"
+    program = PROGRAM.format(here=str(HERE), capability=capability, cases=text)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    return int(done.stdout.split("WORST")[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_entry_compiles_for_hopper(gated):
+    cases = [(size, size, 1, BF16, gated, False, False, 1) for size in (16, 32, 64, 128, 256)]
+    cases += [(64, 64, 4, BF16, gated, True, False, 2), (128, 128, 4, BF16, gated, False, True, 2)]
+    cases += [(60, 100, 1, BF16, gated, True, False, 1), (64, 64, 1, FP32, gated, False, False, 1)]
+    assert built(90, cases) <= SPILL_BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 100])
+def test_common_entries_compile_for_other_cards(capability):
+    cases = [(64, 64, 1, BF16, False, False, False, 1), (128, 128, 1, BF16, True, False, False, 1)]
+    assert built(capability, cases) <= SPILL_BOUND
