@@ -18,7 +18,7 @@ from pathlib import Path
 from deltanet.config import MIXERS, STATE_HEADS
 from deltanet.errors import UserError, nearest
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import open_checkpoint
 from .execute import Written, execute, write_small
 from .families import teacher_config
 from .layouts import LINEAR, parse_layout
@@ -105,7 +105,7 @@ def convert(
         report["closeness"] = None
         store = out.absolute().with_name(f".{out.name}.calibration")
         if layout.linear and tuple(calibrate) != ("none",):
-            overrides, report["closeness"] = _calibrate(
+            overrides, report["closeness"], report["calibration"] = _calibrate(
                 opened.folder, plan, tokenizer, calibrate, held_out, seed, store
             )
         try:
@@ -126,7 +126,7 @@ def convert(
                     "new": written.new,
                 }
                 _timed(report, start)
-                _write_companions(opened, plan, checkpoint, staging.folder, written, report)
+                _write_companions(opened, plan, staging.folder, written, report)
                 staging.commit()
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -167,6 +167,10 @@ def describe(report: dict) -> str:
     refitted = f", {tensors['refitted']} refitted" if tensors["refitted"] else ""
     lines.append(f"tensors  {kept}{refitted}, {tensors['new']} new, {report['bytes']:,} bytes")
     lines += [f"dropped  {name}: {reason}" for name, reason in report["dropped"].items()]
+    if report["closeness"] is not None:
+        from .closeness import as_markdown
+
+        lines += ["", as_markdown(report["closeness"])]
     lines.append(f"took     {report['seconds']:.1f} s, peak memory {report['peak_rss_mb']:,.0f} MB")
     lines.append(f"student  {report['output']}")
     return "\n".join(lines)
@@ -196,11 +200,13 @@ def parse_size(option: str, text: str) -> int:
 
 def _calibrate(
     folder: Path, plan: Plan, tokenizer, texts: Sequence[str], held_out: str | None, seed: int, store: Path
-) -> tuple[dict, dict]:
-    """(new values by tensor name, the closeness report). Finished layers are kept in `store` until all is done."""
+) -> tuple[dict, dict | None, dict]:
+    """(new values by tensor name, the closeness report, the calibration's own report). Finished layers are kept in
+    `store` until all is done. The student is measured as it will be written, in its own dtype."""
     import torch
 
     from .calibrate import calibrate
+    from .closeness import VARIANTS, closeness
     from .loading import load_teacher, student_from_teacher
     from .text import calibration_text
 
@@ -217,12 +223,15 @@ def _calibrate(
         if is_linear and (move.operation == "new" or ".o_proj." in move.target):
             overrides[move.target] = state[move.target].to(move.dtype)
             state[move.target].copy_(overrides[move.target])
-    return overrides, fitted
+    if not len(text.held_out):
+        plan.notes.append("the text was too short to set any aside, so closeness was not measured; see --held-out")
+        return overrides, None, fitted
+    with progress("measuring closeness", 4 + len(VARIANTS), "steps") as advance:
+        measured = closeness(teacher, student, text.held_out, seed=seed, advance=advance)
+    return overrides, measured, fitted
 
 
-def _write_companions(
-    opened: Source, plan: Plan, checkpoint: Checkpoint, folder: Path, written: Written, report: dict
-) -> None:
+def _write_companions(opened: Source, plan: Plan, folder: Path, written: Written, report: dict) -> None:
     """config.json, the source's tokenizer, templates and licences byte for byte, the record, and last the manifest."""
     write_small(folder, "config.json", plan.config.to_json_string(use_diff=False), written)
     for pattern in COMPANIONS:
@@ -230,6 +239,11 @@ def _write_companions(
             if path.is_file():
                 write_small(folder, str(path.relative_to(opened.folder)), path.read_bytes(), written)
     load_tokenizer(folder)
+    if report["closeness"] is not None:
+        from .closeness import files
+
+        for name, content in files(report["closeness"]).items():
+            write_small(folder, name, content, written)
     write_small(folder, RECORD, json.dumps(report, indent=2) + "\n", written)
     files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.files.items())}
     write_small(folder, MANIFEST, json.dumps({"format": 1, "files": files}, indent=2) + "\n", written)
