@@ -120,6 +120,8 @@ def _download(repository: str, revision: str | None, allow_pickle: bool, gated: 
             f"{repository}: no such repository on the Hub, or a private one; check {page}{hint}, "
             "and log in with `hf auth login` or set HF_TOKEN"
         ) from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{repository}: not a repository name: {error}") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
