@@ -4,7 +4,7 @@ Rank 0 tokenises into the run's cache, the others open what it made. Twin: tests
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from .engine import World
 from .packing import Sequence
 from .schedules import Schedule
 from .schema import Recipe, Source, Stage
-from .token_cache import tokenise
+from .teacher_text import planned
+from .token_cache import Tokens, tokenise
 
 HELD_OUT_KEY = 1 << 20  # apart from the stages' own keys, which are their numbers
 
@@ -58,16 +59,34 @@ class StagePlan:
 
 
 def prepare(
-    recipe: Recipe, tokenizer, vocab_size: int, stop_ids: Collection[int], cache: Path, world: World
+    recipe: Recipe,
+    tokenizer,
+    vocab_size: int,
+    stop_ids: Collection[int],
+    cache: Path,
+    world: World,
+    *,
+    write: Callable[[Source], Source] | None = None,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Prepared:
-    """Tokenises all sources. Raises UserError for what is wrong with them, on every rank."""
+    """Tokenises all sources; `write` makes files of those the teacher writes (None: they are only planned).
 
-    def read(source: Source):
-        return tokenise(
-            source, tokenizer, cache, vocab_size=vocab_size, train_on=recipe.data.train_on, stop_ids=stop_ids
-        )
+    `advance` is told of every document. Raises UserError for what is wrong with a source, on every rank.
+    """
+    written: dict[str, Source] = {}
+
+    def read(source: Source) -> Tokens:
+        if source.from_teacher is not None:
+            if write is None:
+                return planned(source)
+            source = written[source.name]
+        options = {"vocab_size": vocab_size, "train_on": recipe.data.train_on, "stop_ids": stop_ids}
+        return tokenise(source, tokenizer, cache, **options, advance=advance)
 
     sources = [*recipe.data.sources, *recipe.evaluation.sources]
+    if write is not None:
+        texts = [source for source in sources if source.from_teacher is not None]
+        written = once(world, lambda: {source.name: write(source) for source in texts})
     if world.size > 1:
         once(world, lambda: [read(source) for source in sources] and None)
     train, held_out = {}, []

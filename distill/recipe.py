@@ -199,6 +199,8 @@ def _resolve(value: dict) -> dict:
             place = place[0] if isinstance(place, list) and place else place
             if isinstance(place, str):
                 source["name"] = Path(place).name.split(".")[0]
+            elif source.get("from_teacher") is not None:
+                source["name"] = "teacher"
     return value
 
 
@@ -218,8 +220,10 @@ def _check(recipe: Recipe) -> typing.Iterator[tuple[KeyPath, str]]:
     for part, sources in (("data", recipe.data.sources), ("evaluation", recipe.evaluation.sources)):
         for index, source in enumerate(sources):
             path = (part, "sources", index)
-            if (source.path is None) == (source.dataset is None):
-                yield path, "say `path:` (local files) or `dataset:` (of the Hub), one of them"
+            if [source.path, source.dataset, source.from_teacher].count(None) != 2:
+                yield path, "say `path:` (local files) or `dataset:` (of the Hub) or `from_teacher:`, one of them"
+            if source.from_teacher is not None and source.kind == "chat":
+                yield (*path, "kind"), "the teacher writes texts; `from_teacher:` makes no chats"
             if source.dataset is None and (source.config or source.revision):
                 yield path, "`config:` and `revision:` belong to `dataset:`"
     for index, name in enumerate(names):

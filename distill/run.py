@@ -2,7 +2,7 @@
 
     run/recipe.yaml environment.json inputs.json    written before step 1
     run/student/            the converted student, where the recipe converts one
-    run/tokens/             the sources, tokenised once
+    run/written/ tokens/    what the teacher wrote, if the recipe asks; the sources, tokenised once
     run/commits/step-N/     atomic checkpoints; the newest that verifies is where the run goes on
     run/metrics.jsonl report.json report.md loss.png
     run/export/             the finished student
@@ -39,9 +39,10 @@ from .prepare import Prepared, StagePlan, held_out_sequences, once, plan_stages,
 from .recipe import load_recipe, show
 from .records import check_recipe_unchanged, write_records
 from .report import sample, write_report
-from .schema import Recipe
+from .schema import Recipe, Source
 from .stages import PREFIX, Align, Whole, needs_teacher, share_frozen
 from .state import STUDENT, Marks, load_moments, write_state
+from .teacher_text import written_source
 from .trainable import parameter_groups, trained_names
 
 
@@ -96,7 +97,16 @@ class _Run:
         self.vocab_size = min(vocab_size, len(tokenizer))
         stop_ids = self.teacher.config.eos_token_id
         stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
-        prepared = prepare(self.recipe, tokenizer, vocab_size, stop_ids, self.folder / "tokens", self.world)
+        prepared = prepare(
+            self.recipe,
+            tokenizer,
+            vocab_size,
+            stop_ids,
+            self.folder / "tokens",
+            self.world,
+            write=self._write_text,
+            advance=self._watch,
+        )
         self.plans = plan_stages(self.recipe, prepared)
         self.held_out = held_out_sequences(self.recipe, prepared)
         once(self.world, lambda: self._write_records(prepared))
@@ -145,6 +155,16 @@ class _Run:
         _say(f"converts {self.recipe.teacher.model} to {folder}")
         options = self.recipe.student.convert.model_dump()
         convert(self.recipe.teacher.model, folder, revision=self.recipe.teacher.revision, **options)
+
+    def _write_text(self, source: Source) -> Source:
+        _say(f"the teacher writes {source.from_teacher:,} tokens to {self.folder / 'written'}")
+        seed = self.recipe.data.seed
+        return written_source(source, self.teacher, self.tokenizer, self.folder / "written", seed, self._watch)
+
+    def _watch(self, _tokens: int) -> None:
+        """Lets a signal end long preparations of a single process; of several, the first step looks."""
+        if self.world.size == 1:
+            self.interrupts.check("nothing was trained yet")
 
     def _load_teacher(self) -> DeltaNetForCausalLM:
         names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

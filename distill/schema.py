@@ -56,6 +56,7 @@ class Source(Section):
     name: str | None = Field(None, description="what stages call it; by default the file's name")
     path: Names | None = Field(None, description="local files or globs: txt, jsonl, json, parquet, each also .gz")
     dataset: str | None = Field(None, description="Hub data set (owner/name), instead of path")
+    from_teacher: int | None = Field(None, gt=0, description="tokens that the teacher writes itself, instead of path")
     config: str | None = Field(None, description="configuration of the Hub data set")
     split: str = Field("train", description="split of the Hub data set")
     revision: str | None = Field(None, description="commit of the Hub data set")

@@ -1,0 +1,92 @@
+"""Training text that the teacher writes itself, for a model that has to be converted without any data.
+
+Rows are sampled at temperature 1 (what the teacher's own distribution asks for), cut into documents where the teacher
+ends one, and kept unless they repeat themselves. They stand in JSON lines, one portion a file, so that people can read
+them and a killed run goes on with the next portion. Twin: tests/distill/test_teacher_text.py.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from convert.text import write_text
+from deltanet.errors import DeltanetError
+
+from .order import hashed
+from .schema import Source
+from .token_cache import Facts, Tokens
+
+ROWS, LENGTH = 128, 256  # of a portion
+SHORTEST = 32  # tokens of a document that is kept
+LEAST_NEW = 0.2  # compressed over plain bytes; stories and prose are at 0.4 to 0.6, a loop is below 0.1
+MOST_EMPTY = 5  # portions in a row that gave nothing
+
+
+def written_source(
+    source: Source,
+    teacher,
+    tokenizer,
+    folder: Path,
+    seed: int,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Source:
+    """The source with `path` naming the files the teacher has written: at least `from_teacher` tokens in all.
+
+    The same seed and teacher write the same text. `advance` is told the tokens so far after every portion. Raises
+    DeltanetError where the teacher only repeats itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[str] = []
+    tokens, empty = 0, 0
+    while tokens < source.from_teacher:
+        file = folder / f"{source.name}-{len(files):04}.jsonl"
+        if not file.is_file():
+            key = int(hashed(seed, len(files))[0]) >> 1
+            length = min(LENGTH, teacher.config.max_position_embeddings)
+            rows = write_text(teacher, tokenizer, ROWS, length, key, batch=ROWS).numpy()
+            _store(file, [document for row in rows for document in _documents(row, tokenizer)])
+        files.append(str(file))
+        found = sum(json.loads(line)["tokens"] for line in file.read_text(encoding="utf-8").splitlines())
+        tokens, empty = tokens + found, 0 if found else empty + 1
+        if empty == MOST_EMPTY:
+            raise DeltanetError(
+                f"source {source.name}: the teacher repeats itself in {ROWS * empty} rows; give a text instead"
+            )
+        advance(tokens)
+    return source.model_copy(update={"path": tuple(files), "from_teacher": None})
+
+
+def planned(source: Source) -> Tokens:
+    """A stand-in of the size the source will have, for a plan without writing."""
+    count = source.from_teacher
+    bounds = np.append(np.arange(0, count, LENGTH), count)
+    facts = Facts(len(bounds) - 1, count, count, 0)
+    return Tokens(source.name, "text", "not written yet", np.zeros(count, np.uint16), bounds, None, facts)
+
+
+def _documents(row: np.ndarray, tokenizer) -> list[dict]:
+    """The documents of a row that are worth keeping; the row's start token and the ends between them are not text."""
+    ends = np.flatnonzero(row == tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else []
+    kept = []
+    for ids in np.split(row, ends):
+        ids = ids[1:] if len(ids) and ids[0] in (tokenizer.eos_token_id, tokenizer.bos_token_id) else ids
+        text = tokenizer.decode(ids.tolist())
+        if len(ids) >= SHORTEST and not repeats(text):
+            kept.append({"text": text, "tokens": len(ids)})
+    return kept
+
+
+def repeats(text: str) -> bool:
+    """Whether a text says little more than once what it says."""
+    plain = text.encode()
+    return len(zlib.compress(plain)) < LEAST_NEW * len(plain)
+
+
+def _store(file: Path, documents: list[dict]) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents), encoding="utf-8")
+    os.replace(temporary, file)

@@ -1,0 +1,66 @@
+"""Text that the teacher writes: seeded, resumable, free of loops, and of the size asked for."""
+
+import json
+
+import pytest
+import small_run
+import torch
+from transformers import AutoTokenizer
+
+from convert.loading import load_teacher
+from deltanet.errors import DeltanetError
+from distill import teacher_text
+from distill.schema import Source
+from distill.teacher_text import planned, repeats, written_source
+
+TEACHER = load_teacher(small_run.DEMO, torch.float32)
+TOKENIZER = AutoTokenizer.from_pretrained(small_run.DEMO)
+SOURCE = Source(name="teacher", from_teacher=300)
+
+
+@pytest.fixture(autouse=True)
+def small_portions(monkeypatch):
+    monkeypatch.setattr(teacher_text, "ROWS", 4)
+    monkeypatch.setattr(teacher_text, "LENGTH", 64)
+
+
+def write(folder, seed=0):
+    source = written_source(SOURCE, TEACHER, TOKENIZER, folder, seed)
+    return source, [json.loads(line) for name in source.path for line in open(name, encoding="utf-8")]
+
+
+def test_the_same_seed_writes_the_same_text_and_another_seed_another(tmp_path):
+    source, documents = write(tmp_path / "a")
+    assert documents == write(tmp_path / "b")[1]
+    assert documents != write(tmp_path / "c", seed=1)[1]
+    assert sum(document["tokens"] for document in documents) >= 300
+    assert source.from_teacher is None
+    assert len(source.path) > 1
+    assert all(len(TOKENIZER(d["text"], add_special_tokens=False)["input_ids"]) > 20 for d in documents)
+
+
+def test_a_killed_writing_goes_on_with_the_next_portion(tmp_path, monkeypatch):
+    source, documents = write(tmp_path)
+    last = tmp_path / source.path[-1].rpartition("/")[2]
+    last.unlink()
+    calls = []
+    real = teacher_text.write_text
+    monkeypatch.setattr(teacher_text, "write_text", lambda *a, **k: calls.append(1) or real(*a, **k))
+    assert write(tmp_path)[1] == documents
+    assert len(calls) == 1
+
+
+def test_loops_are_told_from_prose():
+    assert repeats("The cat sat on the mat. " * 20)
+    assert not repeats((small_run.DEMO / "text.txt").read_text()[:800])
+
+
+def test_a_teacher_that_only_loops_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_text, "repeats", lambda text: True)
+    with pytest.raises(DeltanetError, match="the teacher repeats itself in 20 rows"):
+        write(tmp_path)
+
+
+def test_a_plan_has_the_size_without_the_writing():
+    tokens = planned(Source(name="teacher", from_teacher=1000))
+    assert len(tokens.ids) == tokens.bounds[-1] == tokens.facts.tokens == 1000
