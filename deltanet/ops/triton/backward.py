@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .chunk import (
-    LOWEST_DECAY, between, decay_from_start, inverse_length, load_rows, mm, mma, operand, span, store_rows,
+    between, inverse_length, load_decays, load_rows, mm, mma, operand, span, store_rows,
     unit_lower_inverse, unit_operand, wide,
 )  # fmt: skip
 from .forward import power_of_two
@@ -39,6 +39,13 @@ def spanned(Xt, rq, rc, C: tl.constexpr):
     upto = tl.where(rq[:, None] >= rc[None, :], 1.0, 0.0)
     sums = tl.dot(Xt, upto, input_precision="tf32x3")
     return tl.sum(tl.where(rc[:, None] < rc[None, :], sums, 0.0), 0)
+
+
+@triton.jit
+def through_length(dYt, yt, inverse):
+    """The gradient of x from that of y = x / |x|, columns: (dY - y (y . dY)) / |x|."""
+    yt = yt.to(tl.float32)
+    return (dYt - yt * tl.sum(dYt * yt, 0)[None, :]) * inverse[None, :]
 
 
 @triton.jit
@@ -66,19 +73,21 @@ def key_from_keys(dKt, gate, kk, xt, dWt, kt, bc, gamma, rc, C: tl.constexpr, GA
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads", "part"])
 def write_kernel(
-    q, k, x, beta, g, do, dlast, dv, dw, dk, dbeta, dgate, dz, anchors, dfirst, cu, shift, largest, scale,
+    q, k, x, beta, decays, do, dlast, ends, dv, dw, dq, dk, dbeta, dgate, dz, anchors, dfirst, cu, shift, largest, scale,
     T, H, nseg, heads, part,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     TMA_OUT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, MAP: tl.constexpr,
-    KEYS: tl.constexpr, DT: tl.constexpr,
+    KEYS: tl.constexpr, WALK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """Walk 1, from the last chunk to the first, dS^T [BV, KP] in registers. Grid (documents * H * V tiles, segments).
 
-    Reads q, k, x, beta, g, do; writes dv, dw (the same before scaling, an operand of the other walks), and per V tile
-    a part of dbeta; at a segment's start dS into `dfirst`.
+    Reads q, k, x, beta, decays, do; writes dv and dw (the same before scaling, an operand of the other walks) unless
+    None, and per V tile a part of dbeta; at a segment's start dS into `dfirst`.
     KEYS (one V tile): also what dS and the C x C matrices give of dk, unscaled into `dk`; with GATED, their parts of
     dg (`dgate`, `dz`), and dS every STEP tokens (`anchors`).
+    WALK (KEYS, no gate): everything in this one walk. The state walks back beside its gradient, from `ends`, by
+    S_0 = S_1 - K^T U, and dq and dk are finished; with a gate this would divide by the decay.
     MAP: only the offset of a segment's reverse map dS -> A^T dS + B, from zero, into `dfirst`."""
     NV: tl.constexpr = VP // BV
     seg = tl.program_id(1)
@@ -101,29 +110,29 @@ def write_kernel(
         dSt = tl.load(dlast + at_state, mask=in_state, other=0.0) / restore
     row = (wide(b) * T) * H + h
     factor = power_of_two(tl.load(shift + heads + nh))
+    if WALK:
+        St = tl.load(ends + at_state, mask=in_state, other=0.0) * factor
+        restore_q = restore / factor
     owed = 1.0
     chunks = tl.cdiv(t1 - t0, C)
     tc = t0 + (chunks - 1) * C + rc
     bc = tl.load(beta + row + tc.to(tl.int64) * H, mask=(tc >= t0) & (tc < t1), other=0.0).to(tl.float32)
     if GATED:
-        gc = tl.load(g + row + tc.to(tl.int64) * H, mask=(tc >= t0) & (tc < t1), other=0.0).to(tl.float32)
+        a, aq, a_first, total = load_decays(decays, row, t0 + (chunks - 1) * C, t0, t1, H, C, GB)
     for n in tl.range(0, chunks, 1, num_stages=STAGES, disable_licm=True):
         t = t0 + (chunks - 1 - n) * C
         before = t - C + rc
         b_next = tl.load(beta + row + before.to(tl.int64) * H, mask=before >= t0, other=0.0)
         if GATED:
-            g_next = tl.load(g + row + before.to(tl.int64) * H, mask=before >= t0, other=0.0)
-        k16 = unit_operand(load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False), NORM, DT)
+            a_next, aq_next, first_next, total_next = load_decays(decays, row, t - C, t0, t1, H, C, GB)
+        k_rows = load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False)
+        k16 = unit_operand(k_rows, NORM, DT)
         if not MAP:
             xt = tl.trans(load_rows(x, b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA, False))
         kt16 = tl.trans(k16)
         kk = mm(k16, kt16)
         N = kk
         if GATED:
-            gc = tl.maximum(gc, LOWEST_DECAY)
-            a = decay_from_start(gc, rc)
-            total = tl.sum(gc, 0)
-            a_first = tl.sum(tl.where(rc == 0, gc, 0.0), 0)
             to_end = tl.exp(total - a) * owed
             gamma = between(a, a)
             N = kk * gamma
@@ -139,13 +148,16 @@ def write_kernel(
             gate = tl.zeros([C], tl.float32)
             if GATED:
                 z = tl.sum(dKt * kt16.to(tl.float32), 0)
+        if WALK:
+            St = mma((xt.to(tl.float32) * -bc[None, :]).to(DT), k16, St)
+            S16 = tl.trans(St.to(DT))
         for sub in tl.static_range(G // GB):
-            q16 = unit_operand(load_rows(q, b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA, False), NORM, DT)
+            q_rows = load_rows(q, b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA, False)
+            q16 = unit_operand(q_rows, NORM, DT)
             do_rows = load_rows(do, b, t, t1, T, h, H, i_v * BV, sub, C, G, GB, V, BV, TMA, VARLEN)
             dot16 = tl.trans(operand(do_rows * amplify.to(do_rows.dtype), DT))
             Pt = tl.where(rq[None, :] >= i, mm(k16, tl.trans(q16)), 0.0)
             if GATED:
-                aq = decay_from_start(gc, rq)
                 Pt = Pt * between(a, aq)
             dU = mma(dot16, tl.trans(Pt).to(DT), dU)
             if GATED:
@@ -153,8 +165,14 @@ def write_kernel(
             else:
                 dSt = mma(dot16, q16, dSt)
             if KEYS:
-                decays = between(a, aq) if GATED else 1.0
-                dKt, gate = key_from_queries(dKt, gate, Pt, xt, dot16, tl.trans(q16), bc, decays, rq, rc, C, GATED)
+                lasting = between(a, aq) if GATED else 1.0
+                dKt, gate = key_from_queries(dKt, gate, Pt, xt, dot16, tl.trans(q16), bc, lasting, rq, rc, C, GATED)
+            if WALK:
+                dP = tl.where(rq[:, None] >= rc[None, :], mm(tl.trans(dot16), xt) * bc[None, :], 0.0)
+                dQt = mma(kt16, tl.trans(dP).to(DT), mm(S16, dot16))
+                if NORM:
+                    dQt = through_length(dQt, tl.trans(q16), inverse_length(q_rows))
+                store_rows(dq, tl.trans(dQt * restore_q), b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA_OUT)
         dR = mm(dU.to(DT), tl.trans(Dt).to(DT))
         dW = dR * bc[None, :]
         if GATED:
@@ -164,15 +182,24 @@ def write_kernel(
             dSt = mma((-dW).to(DT), k16, dSt)
         if not MAP:
             dW16 = dW.to(DT)
-            store_rows(dv, tl.trans(dW * restore), b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA_OUT)
-            store_rows(dw, tl.trans(dW16), b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA_OUT)
+            if dv is not None:
+                store_rows(dv, tl.trans(dW * restore), b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA_OUT)
+            if dw is not None:
+                store_rows(dw, tl.trans(dW16), b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA_OUT)
             token = row + (t + rc).to(tl.int64) * H
             at_part = wide(i_v) * part + token
             inside = t + rc < t1
             tl.store(dbeta + at_part, tl.sum(dR * xt.to(tl.float32), 0) * (restore / factor), mask=inside)
         if KEYS:
             dKt, gate = key_from_keys(dKt, gate, kk, xt, dW16, kt16, bc, gamma if GATED else 1.0, rc, C, GATED)
-            store_rows(dk, tl.trans(dKt * HEADROOM), b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA_OUT)
+            if WALK:
+                dKt -= mm(S16, dW16)
+                if NORM:
+                    dKt = through_length(dKt, kt16, inverse_length(k_rows))
+                dKt = dKt * restore_q
+            else:
+                dKt = dKt * HEADROOM
+            store_rows(dk, tl.trans(dKt), b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA_OUT)
             if GATED:
                 tl.store(dz + token, z, mask=inside)
                 tl.store(dgate + token, gate, mask=inside)
@@ -181,7 +208,7 @@ def write_kernel(
                     tl.store(anchors + (slot * H + h) * K * V + rk * V + rv, dSt * owed, mask=in_state)
         bc = b_next.to(tl.float32)
         if GATED:
-            gc = g_next.to(tl.float32)
+            a, aq, a_first, total = a_next, aq_next, first_next, total_next
     if MAP:
         tl.store(dfirst + at_state, dSt * (owed * restore), mask=in_state)
     elif dfirst is not None and seg == 0:
@@ -200,7 +227,7 @@ def anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP: tl.constexpr, VARLEN: tl.cons
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "part"])
 def key_kernel(
-    q, k, k_full, q_full, x, beta, g, do, dw, dlast, dk, dgate, dz, anchors, cu, largest, scale, T, H, nseg, part,
+    q, k, k_full, q_full, x, beta, decays, do, dw, dlast, dk, dgate, dz, anchors, cu, largest, scale, T, H, nseg, part,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     TMA_OUT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
@@ -230,13 +257,13 @@ def key_kernel(
     tc = t0 + (chunks - 1) * C + rc
     bc = tl.load(beta + row + tc.to(tl.int64) * H, mask=(tc >= t0) & (tc < t1), other=0.0).to(tl.float32)
     if GATED:
-        gc = tl.load(g + row + tc.to(tl.int64) * H, mask=(tc >= t0) & (tc < t1), other=0.0).to(tl.float32)
+        a, aq, a_first, total = load_decays(decays, row, t0 + (chunks - 1) * C, t0, t1, H, C, GB)
     for n in tl.range(0, chunks, 1, num_stages=STAGES, disable_licm=True):
         t = t0 + (chunks - 1 - n) * C
         before = t - C + rc
         b_next = tl.load(beta + row + before.to(tl.int64) * H, mask=before >= t0, other=0.0)
         if GATED:
-            g_next = tl.load(g + row + before.to(tl.int64) * H, mask=before >= t0, other=0.0)
+            a_next, aq_next, first_next, total_next = load_decays(decays, row, t - C, t0, t1, H, C, GB)
         k_rows = load_rows(k, b, t, t1, T, h, H, i_k * BK, 0, C, 1, 1, K, BK, TMA, False)
         k16 = operand(k_rows, DT)
         if NORM:
@@ -251,12 +278,8 @@ def key_kernel(
         kk = 1.0
         kt_left = kt16
         if GATED:
-            gc = tl.maximum(gc, LOWEST_DECAY)
-            a = decay_from_start(gc, rc)
-            total = tl.sum(gc, 0)
             gamma = between(a, a)
             kk = mm(k16, kt16)
-            a_first = tl.sum(tl.where(rc == 0, gc, 0.0), 0)
             dKt = dKt * (bc * tl.exp(total - a) * owed)[None, :]
             z = tl.sum(dKt * kt16.to(tl.float32), 0)
             dS = dS * (owed * tl.exp(total - a_first))
@@ -273,15 +296,14 @@ def key_kernel(
             do_rows = load_rows(do, b, t, t1, T, h, H, 0, sub, C, G, GB, V, VP, TMA, VARLEN)
             do16 = operand(do_rows * amplify.to(do_rows.dtype), DT)
             qt16 = tl.trans(q16)
-            decays = 1.0
+            lasting = 1.0
             Pt = 1.0
             qt_left = qt16
             if GATED:
-                aq = decay_from_start(gc, rq)
-                decays = between(a, aq)
-                Pt = mm(k16, qt16) * decays
+                lasting = between(a, aq)
+                Pt = mm(k16, qt16) * lasting
                 qt_left = (qt16.to(tl.float32) * tl.exp(aq - a_first)[None, :]).to(DT)
-            dKt, gate = key_from_queries(dKt, gate, Pt, xt, tl.trans(do16), qt16, bc, decays, rq, rc, C, GATED)
+            dKt, gate = key_from_queries(dKt, gate, Pt, xt, tl.trans(do16), qt16, bc, lasting, rq, rc, C, GATED)
             dS = mma(qt_left, do16, dS)
         dKt, gate = key_from_keys(dKt, gate, kk, xt, tl.trans(dw16), kt16, bc, gamma, rc, C, GATED)
         store_rows(dk, tl.trans(dKt * HEADROOM), b, t, t1, T, h, H, i_k * BK, 0, C, 1, 1, K, BK, TMA_OUT)
@@ -293,13 +315,13 @@ def key_kernel(
             if (chunks - 1 - n) % (STEP // C) == 0:
                 slot = anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP, VARLEN) + (t - t0) // STEP
                 tl.store(anchors + (slot * H + h) * K * V + rk * V + rv, dS * owed, mask=in_state)
-            gc = g_next.to(tl.float32)
+            a, aq, a_first, total = a_next, aq_next, first_next, total_next
         bc = b_next.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads", "part", "edge_part"])
 def query_kernel(
-    q, k, k_full, q_full, x, beta, g, do, dw, start, dk_half, dq, dk, dy, anchors, edges, cu, shift, largest, scale,
+    q, k, k_full, q_full, x, beta, decays, do, dw, start, dk_half, dq, dk, dv, dy, anchors, edges, cu, shift, largest, scale,
     T, H, nseg, heads, part, edge_part,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -307,7 +329,8 @@ def query_kernel(
     DT: tl.constexpr,
 ):  # fmt: skip
     """The last walk, from the first chunk to the last, S [BK, VP] in registers, built again from `start`. Grid
-    (documents * H * K tiles, segments). Reads k, x, beta, do, dw, dk_half (q, g if GATED); writes dq and dk.
+    (documents * H * K tiles, segments). Reads k, x, beta, do, dw, dk_half (q, decays if GATED); writes dq and dk, and dv
+    unless None.
     GATED: per K tile, S's part of dg (`dy`), and <S, dS> every STEP tokens (`edges`).
     NORM: where one tile holds whole rows, the gradients are those of q and k before they were brought to length one."""
     NK: tl.constexpr = KP // BK
@@ -328,16 +351,17 @@ def query_kernel(
         S = tl.load(start + (wide(nh) * nseg + seg) * K * V + rk * V + rv, mask=in_state, other=0.0)
     factor = power_of_two(tl.load(shift + heads + nh))
     S = S * factor
+    restore_v = restore
     restore = restore / factor
     row = (wide(b) * T) * H + h
     bc = tl.load(beta + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
     if GATED:
-        gc = tl.load(g + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
+        a, aq, a_first, total = load_decays(decays, row, t0, t0, t1, H, C, GB)
     for t in tl.range(t0, t1, C, num_stages=STAGES, disable_licm=True):
         after = t + C + rc
         b_next = tl.load(beta + row + after.to(tl.int64) * H, mask=after < t1, other=0.0)
         if GATED:
-            g_next = tl.load(g + row + after.to(tl.int64) * H, mask=after < t1, other=0.0)
+            a_next, aq_next, first_next, total_next = load_decays(decays, row, t + C, t0, t1, H, C, GB)
         k_rows = load_rows(k, b, t, t1, T, h, H, i_k * BK, 0, C, 1, 1, K, BK, TMA, False)
         kt16 = tl.trans(operand(k_rows, DT))
         if NORM:
@@ -349,14 +373,14 @@ def query_kernel(
         half = load_rows(dk_half, b, t, t1, T, h, H, i_k * BK, 0, C, 1, 1, K, BK, TMA, False)
         S16 = S.to(DT)
         dKt = -mm(S16, tl.trans(dw16))
+        if dv is not None:
+            dV = dw16.to(tl.float32) * restore_v
+            store_rows(dv, dV, b, t, t1, T, h, H, 0, 0, C, 1, 1, V, VP, TMA_OUT)
         if GATED:
-            gc = tl.maximum(gc, LOWEST_DECAY)
             if t % STEP == t0 % STEP:
                 slot = anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP, VARLEN) + (t - t0) // STEP
                 dS = tl.load(anchors + (slot * H + h) * K * V + rk * V + rv, mask=in_state, other=0.0)
                 tl.store(edges + wide(i_k) * edge_part + slot * H + h, tl.sum(tl.sum(S * dS, 1), 0))
-            a = decay_from_start(gc, rc)
-            total = tl.sum(gc, 0)
             dKt = dKt * tl.exp(a)[None, :]
             y = tl.sum(dKt * kt16.to(tl.float32), 0)
         for sub in tl.static_range(G // GB):
@@ -375,25 +399,23 @@ def query_kernel(
                     q_length = inverse_length(q_wide)
                 qt = qt * q_length[None, :]
             if GATED:
-                aq = decay_from_start(gc, rq)
                 dP = dP * between(aq, a)
                 dQt = dQt * tl.exp(aq)[None, :]
                 y += tl.sum(tl.reshape(tl.sum(dQt * qt, 0), [C, GB]), 1)
             dQt = mma(kt16, tl.trans(dP).to(DT), dQt)
             if NORM and NK == 1:
-                dQt = (dQt - qt * tl.sum(dQt * qt, 0)[None, :]) * q_length[None, :]
+                dQt = through_length(dQt, qt, q_length)
             store_rows(dq, tl.trans(dQt * restore), b, t, t1, T, h, H, i_k * BK, sub, C, G, GB, K, BK, TMA_OUT)
         if GATED:
             kt_left = (kt16.to(tl.float32) * (bc * tl.exp(total - a))[None, :]).to(DT)
             S = S * tl.exp(total)
             tl.store(dy + wide(i_k) * part + row + (t + rc).to(tl.int64) * H, y, mask=t + rc < t1)
-            gc = g_next.to(tl.float32)
+            a, aq, a_first, total = a_next, aq_next, first_next, total_next
         else:
             kt_left = (kt16.to(tl.float32) * bc[None, :]).to(DT)
         S = mma(kt_left, x16, S)
         dKt += tl.trans(half.to(tl.float32)) * (1 / HEADROOM)
         if NORM and NK == 1:
-            kt = kt16.to(tl.float32)
-            dKt = (dKt - kt * tl.sum(dKt * kt, 0)[None, :]) * k_length[None, :]
+            dKt = through_length(dKt, kt16, k_length)
         store_rows(dk, tl.trans(dKt * restore), b, t, t1, T, h, H, i_k * BK, 0, C, 1, 1, K, BK, TMA_OUT)
         bc = b_next.to(tl.float32)

@@ -8,9 +8,6 @@ the compiler see it. Letters as in README.md: C tokens of a chunk, G query heads
 import triton
 import triton.language as tl
 
-LOWEST_DECAY = tl.constexpr(-80.0)
-"""As in ../chunk.py: exp of it is below every rounding error, and sums of 16 stay exact enough."""
-
 
 @triton.jit
 def wide(x):
@@ -124,10 +121,21 @@ def store_rows(
 
 
 @triton.jit
-def decay_from_start(g, r):
-    """sum of g_0 .. g_r: the log decay from the chunk's start through token r."""
-    j = tl.arange(0, g.shape[0])
-    return tl.sum(tl.where(j[None, :] <= r[:, None], g[None, :], 0.0), 1)
+def load_decays(decays, row, t, t0, t1, H, C: tl.constexpr, GB: tl.constexpr):
+    """The log decay from the start of the chunk at t through every token, [C], the same for query rows, [C*GB], through
+    its first token, and through its last; 0 outside t0..t1."""
+    exists = (t >= t0) & (t < t1)
+    rc = tl.arange(0, C)
+    here = decays + row + wide(t) * H
+    a = tl.load(here + rc * H, mask=exists & (t + rc < t1), other=0.0)
+    if GB == 1:
+        aq = a
+    else:
+        rq = tl.arange(0, C * GB) // GB
+        aq = tl.load(here + rq * H, mask=exists & (t + rq < t1), other=0.0)
+    first = tl.load(here, mask=exists, other=0.0)
+    total = tl.load(here + (tl.minimum(t + C, t1) - 1 - t) * H, mask=exists, other=0.0)
+    return a, aq, first, total
 
 
 @triton.jit

@@ -48,7 +48,7 @@ KEY = {
     256: Config(32, 2, 2),
 }
 """By padded value size; keys are tiled."""
-QUERY = KEY
+QUERY = dict(KEY)
 """By padded value size; keys are tiled."""
 SCAN = Config(16, 4, 1)
 TABLES = {"forward": FORWARD, "write": WRITE, "key": KEY, "query": QUERY}

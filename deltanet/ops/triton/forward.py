@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .chunk import (
-    LOWEST_DECAY, between, decay_from_start, load_rows, mm, mma, operand, span, store_rows, unit_lower_inverse,
+    between, load_decays, load_rows, mm, mma, span, store_rows, unit_lower_inverse,
     unit_operand, wide,
 )  # fmt: skip
 
@@ -46,14 +46,15 @@ def fitting_shift(
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads"])
 def forward_kernel(
-    q, k, v, beta, g, o, x, start, final, maps, cu, shift, scale, T, H, nseg, heads,
+    q, k, v, beta, decays, o, x, start, final, ends, maps, cu, shift, scale, T, H, nseg, heads,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     TMA_OUT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, MAP: tl.constexpr,
     RETRY: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """Grid (documents * H * tiles, segments). A program owns a tile of BV columns of one state, as S^T [BV, KP], and
-    walks its segment chunk by chunk. Per token and head it reads q, k, v, beta, g and writes o, and x unless None.
+    walks its segment chunk by chunk. Per token and head it reads q, k, v, beta, decays and writes o, and x unless
+    None; at a segment's end the state into `ends` unless None.
 
     MAP: no output; the affine map S -> A S + B of every segment instead: tiles of B (from a zero state) into `final`,
     then tiles of A (from the identity, v = 0) into `maps`.
@@ -92,12 +93,12 @@ def forward_kernel(
     row = (wide(b) * T) * H + h
     bc = tl.load(beta + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
     if GATED:
-        gc = tl.load(g + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
+        a, aq, a_first, total = load_decays(decays, row, t0, t0, t1, H, C, GB)
     for t in tl.range(t0, t1, C, num_stages=STAGES, disable_licm=True):
         after = t + C + rc
         b_next = tl.load(beta + row + after.to(tl.int64) * H, mask=after < t1, other=0.0)
         if GATED:
-            g_next = tl.load(g + row + after.to(tl.int64) * H, mask=after < t1, other=0.0)
+            a_next, aq_next, first_next, total_next = load_decays(decays, row, t + C, t0, t1, H, C, GB)
         k16 = unit_operand(load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False), NORM, DT)
         vt = tl.trans(load_rows(v, b, t, t1, T, h, H, tl.where(is_map, 0, i_v * BV), 0, C, 1, 1, V, BV, TMA, False))
         vt = vt.to(tl.float32)
@@ -108,8 +109,6 @@ def forward_kernel(
         kt16 = tl.trans(k16)
         N = mm(k16, kt16)
         if GATED:
-            gc = tl.maximum(gc, LOWEST_DECAY)
-            a = decay_from_start(gc, rc)
             N = N * between(a, a)
         D, _ = unit_lower_inverse(-N * bc[None, :], -N * bc[:, None], C, True, False, DT)
         nDt16 = tl.trans(-D).to(DT)
@@ -118,8 +117,8 @@ def forward_kernel(
             nW = mm(S16, kt16) * tl.exp(a)[None, :] - vt
         else:
             nW = mma(S16, kt16, -vt)
-        Xt = mm(nW.to(DT), nDt16)
-        Ut = Xt * bc[None, :]
+        X16 = mm(nW.to(DT), nDt16).to(DT)
+        Ut = X16.to(tl.float32) * bc[None, :]
         U16 = Ut.to(DT)
         if not MAP:
             for sub in tl.static_range(G // GB):
@@ -127,7 +126,6 @@ def forward_kernel(
                 P = tl.where(rq[:, None] >= rc[None, :], mm(q16, kt16) * scale, 0.0)
                 Ot = mm(S16, tl.trans(q16))
                 if GATED:
-                    aq = decay_from_start(gc, rq)
                     P = P * between(aq, a)
                     Ot = Ot * (tl.exp(aq) * scale)[None, :]
                 else:
@@ -137,12 +135,11 @@ def forward_kernel(
                     Ot = Ot / factor
                 store_rows(o, tl.trans(Ot), b, t, t1, T, h, H, i_v * BV, sub, C, G, GB, V, BV, TMA_OUT)
         if x is not None:
-            store_rows(x, tl.trans(Xt.to(DT)), b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA_OUT)
+            store_rows(x, tl.trans(X16), b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA_OUT)
         if GATED:
-            total = tl.sum(gc, 0)
             U16 = (Ut * tl.exp(total - a)[None, :]).to(DT)
             St = St * tl.exp(total)
-            gc = g_next.to(tl.float32)
+            a, aq, a_first, total = a_next, aq_next, first_next, total_next
         St = mma(U16, k16, St)
         bc = b_next.to(tl.float32)
     if MAP:
@@ -150,6 +147,8 @@ def forward_kernel(
         tl.store(maps + square, St, mask=(rk < K) & (rv < K) & is_map)
         tl.store(final + at_state, St / factor, mask=in_state & (tile < NV))
     else:
+        if ends is not None:
+            tl.store(ends + at_state, St / factor, mask=in_state)
         if seg == nseg - 1:
             tl.store(final + wide(nh) * K * V + rk * V + rv, St / factor, mask=in_state)
         if RETRY == 0 and DT == tl.float16:

@@ -11,8 +11,27 @@ import triton
 import triton.language as tl
 
 from .backward import anchor_slot, loss_scale
-from .chunk import LOWEST_DECAY, span, wide
+from .chunk import span, wide
 from .forward import power_of_two
+
+LOWEST_DECAY = tl.constexpr(-80.0)
+"""As in ../chunk.py: exp of it is below every rounding error, and sums of 16 stay exact enough."""
+
+
+@triton.jit(do_not_specialize=["T", "H", "nseg"])
+def decay_kernel(
+    g, decays, cu, T, H, nseg, C: tl.constexpr, STEP: tl.constexpr, VARLEN: tl.constexpr
+):  # fmt: skip
+    """Log decays summed from the start of every chunk. Grid (documents * H, segments)."""
+    nh = tl.program_id(0)
+    b, t0, t1 = span(nh // H, tl.program_id(1), nseg, cu, T, STEP, VARLEN)
+    row = (wide(b) * T) * H + nh % H
+    token = tl.arange(0, STEP // C)[:, None] * C + tl.arange(0, C)[None, :]
+    for t in tl.range(t0, t1, STEP):
+        inside = t + token < t1
+        at = row + (t + token).to(tl.int64) * H
+        sums = tl.cumsum(tl.maximum(tl.load(g + at, mask=inside, other=0.0).to(tl.float32), LOWEST_DECAY), 1)
+        tl.store(decays + at, sums, mask=inside)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from .backward import key_kernel, query_kernel, write_kernel
 from .configs import ANCHOR, CHUNK, SCAN, choose, group_block, padded, segments
 from .decode import step_kernel
 from .forward import forward_kernel, scan_kernel
-from .gate import gate_kernel, largest_kernel, unit_gradient_kernel
+from .gate import decay_kernel, gate_kernel, largest_kernel, unit_gradient_kernel
 
 
 @cache
@@ -49,6 +49,16 @@ class Case:
     @property
     def step(self) -> int:
         return ANCHOR if self.is_gated else CHUNK
+
+    @property
+    def whole(self) -> bool:
+        """One program of the backward owns a whole state."""
+        return padded(self.K) * padded(self.V) <= (64 * 64 if self.half else 32 * 32)
+
+    @property
+    def walks_back(self) -> bool:
+        """The backward is a single walk (write_kernel, WALK) and needs the states at the segments' ends."""
+        return self.whole and not self.is_gated
 
     @property
     def heads(self) -> int:
@@ -103,7 +113,7 @@ def written(c: Case, x: torch.Tensor | None, heads: int, width: int):
 
 
 def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, save: bool):
-    """o, final state, and for the backward x, shift, starts, maps (the last two only where segments are cut)."""
+    """o, final state, and for the backward x, shift, starts, ends, maps, each None where it is not needed."""
     KP, VP = padded(c.K), padded(c.V)
     config = choose("forward", KP, VP)
     GB = group_block(c.G, config.group)
@@ -114,27 +124,41 @@ def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, 
     final = single(c.documents, c.H, c.K, c.V, dtype=torch.float32)
     x = torch.empty(v.shape, dtype=torch.float16 if c.half else torch.float32, device=q.device) if save else None
     shift = torch.zeros(2, c.heads, dtype=torch.int32, device=q.device)
-    maps = offsets = starts = None
+    decays = chunk_decays(c, g, cu_seqlens)
+    maps = offsets = starts = ends = None
+    if save and c.walks_back:
+        ends = single(c.heads, n, c.K, c.V, dtype=torch.float32)
     if n > 1:
         maps = single(c.heads, n, c.K, c.K, dtype=torch.float32)
         offsets = single(c.heads, n, c.K, c.V, dtype=torch.float32)
         starts = single(c.heads, n, c.K, c.V, dtype=torch.float32)
-    inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, v, 1, BV), beta, g]
+    inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, v, 1, BV), beta, decays]
     outputs = [written(c, o, GB, BV), written(c, x, 1, BV)]
     flags = c.shape_flags() | {"GB": GB, "BV": BV, "STAGES": config.stages, "num_warps": config.num_warps}
     sizes = (scale, c.T, c.H, n, c.heads)
     for retry in range(2 if c.half else 1):
         if n > 1:
             forward_kernel[(c.heads * ((VP + KP) // BV), n)](
-                *inputs, None, None, initial_state, offsets, maps, cu_seqlens, shift, *sizes,
+                *inputs, None, None, initial_state, offsets, None, maps, cu_seqlens, shift, *sizes,
                 MAP=True, RETRY=retry, **flags,
             )  # fmt: skip
             scan(c, maps, offsets, initial_state, starts, None, shift, reverse=False, retry=retry)
         forward_kernel[(c.heads * (VP // BV), n)](
-            *inputs, *outputs, initial_state if n == 1 else starts, final, None, cu_seqlens, shift, *sizes,
+            *inputs, *outputs, initial_state if n == 1 else starts, final, ends, None, cu_seqlens, shift, *sizes,
             MAP=False, RETRY=retry and (1 if n == 1 else 2), **flags,
         )  # fmt: skip
-    return o, final, x, shift, starts, maps
+    return o, final, x, shift, starts, ends, maps
+
+
+def chunk_decays(c: Case, g, cu_seqlens):
+    """Log decays summed from the start of every chunk, or None without a gate."""
+    if not c.is_gated:
+        return None
+    decays = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    decay_kernel[(c.heads, c.segments)](
+        g, decays, cu_seqlens, c.T, c.H, c.segments, C=CHUNK, STEP=c.step, VARLEN=c.is_packed, num_warps=1
+    )
+    return decays
 
 
 def scan(c: Case, maps, offsets, first, states, last, shift, *, reverse: bool, retry: int) -> None:
@@ -156,65 +180,70 @@ def largest(c: Case, do, dfinal, scale: float) -> torch.Tensor:
 
 
 def backward(
-    c: Case, q, k, v, beta, g, x, shift, starts, maps, do, dfinal, cu_seqlens, scale: float, wants_initial: bool
+    c: Case, q, k, v, beta, g, x, shift, starts, ends, maps, do, dfinal, cu_seqlens, scale: float, wants_initial: bool
 ):
-    """dq, dk, dv, dbeta, dg (None without a gate), dinitial (None unless wanted)."""
+    """dq, dk, dv, dbeta, dg (None without a gate), dinitial (None unless wanted).
+
+    Half-finished dk, and dW where one walk can finish dv, live in the memory of dk and dv."""
     KP, VP = padded(c.K), padded(c.V)
     n = c.segments
     B, T, H, heads = c.B, c.T, c.H, c.heads
-    device = q.device
-    tile_area = 64 * 64 if c.half else 32 * 32
-    whole = KP * VP <= tile_area
     write, key, query = choose("write", KP, VP), choose("key", VP, KP), choose("query", VP, KP)
-    BV = VP if whole else write.tile
-    single = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)
-    half = lambda *shape: torch.empty(shape, dtype=x.dtype, device=device)
+    BV, BK = (VP, KP) if c.whole else (write.tile, query.tile)
+    single = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
     most = largest(c, do, dfinal, scale)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    dw, dk_half = half(*v.shape), half(*k.shape)
+    dk_half = dk.view(x.dtype)
+    dw = dv.view(x.dtype) if c.whole else torch.empty_like(x)
     dbeta = single(VP // BV, B, T, H)
     dinitial = single(c.documents, H, c.K, c.V) if wants_initial else None
     part = B * T * H
-    pairs = z = anchors = None
-    key_tiles = 1 if whole else KP // key.tile
+    decays = chunk_decays(c, g, cu_seqlens)
+    pairs = z = y = anchors = edges = None
+    key_tiles = 1 if c.whole else KP // key.tile
     if c.is_gated:
-        pairs, z = single(key_tiles, B, T, H), single(key_tiles, B, T, H)
         slots = T // ANCHOR + c.documents * n if c.is_packed else B * (T // ANCHOR + n)
-        anchors = single(slots, H, c.K, c.V)
+        pairs, z, y = single(key_tiles, B, T, H), single(key_tiles, B, T, H), single(KP // BK, B, T, H)
+        anchors, edges = single(slots, H, c.K, c.V), single(KP // BK, slots, H)
+    edge_part = edges[0].numel() if c.is_gated else 0
     flags = c.shape_flags()
 
     GB = group_block(c.G, write.group)
     writing = flags | {"GB": GB, "BV": BV, "STAGES": write.stages, "num_warps": write.num_warps}
-    inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, x, 1, BV), beta, g, rows(c, do, GB, BV)]
+    inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, x, 1, BV), beta, decays, rows(c, do, GB, BV)]
+    sizes = (T, H, n, heads, part)
     dlast = dfinal
     if n > 1:
         offsets, dlast = single(heads, n, c.K, c.V), single(heads, n, c.K, c.V)
         write_kernel[(heads * (VP // BV), n)](
-            *inputs, None, None, None, None, None, None, None, None, offsets, cu_seqlens, shift, most, scale,
-            T, H, n, heads, part, MAP=True, KEYS=False, **writing,
+            *inputs, *[None] * 10, offsets, cu_seqlens, shift, most, scale, *sizes,
+            MAP=True, KEYS=False, WALK=False, **writing,
         )  # fmt: skip
         scan(c, maps, offsets, dfinal, dlast, None, shift, reverse=True, retry=0)
+    walks = c.walks_back
     write_kernel[(heads * (VP // BV), n)](
-        *inputs, dlast, written(c, dv, 1, BV), written(c, dw, 1, BV), written(c, dk_half, 1, KP), dbeta, pairs, z, anchors,
-        dinitial, cu_seqlens, shift, most, scale, T, H, n, heads, part, MAP=False, KEYS=whole, **writing,
+        *inputs, dlast, ends, None if c.whole and not walks else written(c, dv, 1, BV),
+        None if walks else written(c, dw, 1, BV), written(c, dq, GB, KP) if walks else None,
+        written(c, dk if walks else dk_half, 1, KP), dbeta, pairs, z, anchors, dinitial, cu_seqlens, shift, most,
+        scale, *sizes, MAP=False, KEYS=c.whole, WALK=walks, **writing,
     )  # fmt: skip
-    if not whole:
-        GB, BK = group_block(c.G, key.group), key.tile
-        key_kernel[(heads * (KP // BK), n)](
-            rows(c, q, GB, BK), rows(c, k, 1, BK), rows(c, k, 1, KP), rows(c, q, GB, KP), rows(c, x, 1, VP), beta, g,
-            rows(c, do, GB, VP), rows(c, dw, 1, VP), dlast, written(c, dk_half, 1, BK), pairs, z, anchors, cu_seqlens,
-            most, scale, T, H, n, part, GB=GB, BK=BK, STAGES=key.stages, num_warps=key.num_warps, **flags,
+    if not c.whole:
+        GB = group_block(c.G, key.group)
+        key_kernel[(heads * (KP // key.tile), n)](
+            rows(c, q, GB, key.tile), rows(c, k, 1, key.tile), rows(c, k, 1, KP), rows(c, q, GB, KP),
+            rows(c, x, 1, VP), beta, decays, rows(c, do, GB, VP), rows(c, dw, 1, VP), dlast,
+            written(c, dk_half, 1, key.tile), pairs, z, anchors, cu_seqlens, most, scale, T, H, n, part,
+            GB=GB, BK=key.tile, STAGES=key.stages, num_warps=key.num_warps, **flags,
         )  # fmt: skip
-    GB, BK = group_block(c.G, query.group), KP if whole else query.tile
-    y = edges = None
-    if c.is_gated:
-        y, edges = single(KP // BK, B, T, H), single(KP // BK, slots, H)
-    query_kernel[(heads * (KP // BK), n)](
-        rows(c, q, GB, BK), rows(c, k, 1, BK), rows(c, k, 1, KP), rows(c, q, GB, KP), rows(c, x, 1, VP), beta, g,
-        rows(c, do, GB, VP), rows(c, dw, 1, VP), starts, rows(c, dk_half, 1, BK), written(c, dq, GB, BK),
-        written(c, dk, 1, BK), y, anchors, edges, cu_seqlens, shift, most, scale, T, H, n, heads, part,
-        edges[0].numel() if c.is_gated else 0, GB=GB, BK=BK, STAGES=query.stages, num_warps=query.num_warps, **flags,
-    )  # fmt: skip
+    if not walks:
+        GB = group_block(c.G, query.group)
+        query_kernel[(heads * (KP // BK), n)](
+            rows(c, q, GB, BK), rows(c, k, 1, BK), rows(c, k, 1, KP), rows(c, q, GB, KP), rows(c, x, 1, VP), beta,
+            decays, rows(c, do, GB, VP), rows(c, dw, 1, VP), starts, rows(c, dk_half, 1, BK), written(c, dq, GB, BK),
+            written(c, dk, 1, BK), written(c, dv, 1, VP) if c.whole else None, y, anchors, edges, cu_seqlens, shift,
+            most, scale, *sizes, edge_part,
+            GB=GB, BK=BK, STAGES=query.stages, num_warps=query.num_warps, **flags,
+        )  # fmt: skip
     if c.normalizes and KP != BK:
         for value, gradient in ((q, dq), (k, dk)):
             block = max(1, 4096 // KP)
@@ -226,11 +255,12 @@ def backward(
     if c.is_gated:
         dg = torch.empty_like(g)
         gate_kernel[(heads, n)](
-            g, pairs, z, y, edges, dg, cu_seqlens, shift, most, scale, T, H, n, heads, part, edges[0].numel(),
+            g, pairs, z, y, edges, dg, cu_seqlens, shift, most, scale, T, H, n, heads, part, edge_part,
             C=CHUNK, STEP=ANCHOR, PARTS=key_tiles, EDGES=KP // BK, VARLEN=c.is_packed,
             FORGOTTEN=-8.3 if c.half else -14.0, num_warps=1,
         )  # fmt: skip
-    return dq, dk, dv, dbeta.sum(0).to(beta.dtype), dg, dinitial
+    dbeta = dbeta[0] if dbeta.shape[0] == 1 else dbeta.sum(0)
+    return dq, dk, dv, dbeta.to(beta.dtype), dg, dinitial
 
 
 def step(q, k, v, beta, g, state, scale: float, normalize: bool) -> torch.Tensor:

@@ -1,0 +1,90 @@
+"""Opt-in tuning: times candidate entries of the configuration table on this card, kernel by kernel.
+
+    python benchmarks/tune_kernels.py d64 d128 d128-gated ... [--compile-only] [--warps 1,2]
+
+Rows are those of benchmarks/kernels.py. Prints, per kernel, microseconds of every candidate (tile, warps, stages, query
+heads at a time); nothing is written: the winners go into deltanet/ops/triton/configs.py by hand, after
+benchmarks/check_kernels.py has passed with them. --compile-only fills Triton's cache, which several processes may do at
+once.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import deltanet.ops.triton as kernels
+import kernels as rows
+from deltanet.ops.triton import configs
+
+OF = {"forward": "forward_kernel", "write": "write_kernel", "key": "key_kernel", "query": "query_kernel"}
+
+
+def candidates(size: int, G: int, warps: list[int]):
+    tiles = [t for t in (16, 32, 64) if 2048 <= t * size <= 8192]
+    groups = [g for g in (1, 2, 4) if g <= G] if G > 1 else [4]
+    for tile, num_warps, stages, group in itertools.product(tiles, warps, (2, 3), groups):
+        yield configs.Config(tile, num_warps, stages, group)
+
+
+def kernel_times(step, repeats: int = 5) -> dict[str, float]:
+    """Microseconds of every kernel of one step, by name."""
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+    return {event.key: event.self_device_time_total / repeats for event in profile.key_averages()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="+")
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--warps", default="1,2")
+    parser.add_argument("--kernels", default=",".join(OF))
+    options = parser.parse_args()
+    warps = [int(n) for n in options.warps.split(",")]
+    for row in options.rows:
+        B, T, HQ, H, D, _ = rows.ROWS[row]
+        made = (1, 512, HQ, H, D, rows.ROWS[row][5]) if options.compile_only else rows.ROWS[row]
+        tensors, do, more = rows.made(*made)
+        g = more.pop("g", None)
+        leaves = [x.detach().requires_grad_() for x in (*tensors, *([] if g is None else [g]))]
+
+        def rule(q, k, v, beta, g=None, more=more, D=D):
+            return kernels.delta_rule(q, k, v, beta, g=g, scale=D**-0.5, **more)[0]
+
+        step = lambda leaves=leaves, do=do: torch.autograd.grad(rule(*leaves), leaves, do)
+        if not options.compile_only:
+            times = kernel_times(step)
+            text = ", ".join(f"{name[:40]} {time:.0f}" for name, time in sorted(times.items(), key=lambda x: -x[1])[:9])
+            print(f"{row}: {text}", flush=True)
+        for kernel in options.kernels.split(","):
+            table = configs.TABLES[kernel]
+            shipped, results = table[D], []
+            for config in candidates(D, HQ // H, warps):
+                table[D] = config
+                try:
+                    time = 0.0 if options.compile_only else kernel_times(step, 3).get(OF[kernel], float("nan"))
+                    if options.compile_only:
+                        step()
+                    results.append((time, config))
+                except Exception as failure:
+                    print(f"{row} {kernel} {config}: {str(failure)[:100]}", flush=True)
+            table[D] = shipped
+            if not options.compile_only:
+                best = ", ".join(
+                    f"{c.tile}/{c.num_warps}/{c.stages}/{c.group}: {t:.0f}" for t, c in sorted(results, key=lambda x: x[0])
+                )
+                print(f"  {kernel} (shipped {shipped.tile}/{shipped.num_warps}/{shipped.stages}): {best}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
