@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -40,13 +40,16 @@ def calibrate(
     """Fits the new tensors and the output projections of the student's linear layers in place; returns a report.
 
     teacher has attention in every layer; student has the same weights and neutral linear layers; both float32 on one
-    device. tokens (N, T) int64 are windows of text. With `folder`, every finished layer is kept there and a later call
-    with the same models, tokens and settings goes on behind it, with the same bits. `advance(1)` is called per layer.
+    device. tokens (N, T) int64 are windows of text. Without `settings` the device decides how wide the search is.
+    With `folder`, every finished layer is kept there and a later call with the same models, tokens and settings goes
+    on behind it, with the same bits. `advance(1)` is called per layer.
     The report: `seconds`, and `layers` with `layer`, `explained` (share of the teacher's output the layer reproduces on
     the stream it was fitted on), `half_life` and `beta` per state head. Raises UserError where the models do not fit.
     """
-    settings = settings or Settings()
     _check(teacher, student, tokens)
+    settings = settings or Settings.for_device(teacher.device)
+    if settings.sequential is None:
+        settings = replace(settings, sequential=_has_new_windows(teacher.config, student.config))
     start = time.monotonic()
     tokens = tokens.to(teacher.device)
     store = _Store(Path(folder), _fingerprint(teacher, student, tokens, settings)) if folder is not None else None
@@ -101,18 +104,14 @@ def _fit_layer(layer, attention, own, block, outputs, settings) -> dict:
     products, inputs = SourceProducts(metric), []
     for rows in attention.rows():
         context, outputs[rows] = attention.mix(layer, attention.mixer_input(layer, rows))
-        if config.read_gate or config.skip_taps:
-            x = stream.mixer_input(layer, rows)
-            sources, target = _sources(mixer, x, rotation, context.unflatten(-1, heads))
-            products.add(sources, target)
-            inputs.append(x.flatten(0, 1))
-    if inputs:
-        pairs, targets = products.take()
-        weight, bias = fit_gates(
-            torch.cat(inputs), pairs, targets, settings.gate_ridge, data_dependent=settings.data_dependent
-        )
-        _set_gates(mixer, weight, bias)
-        del pairs, targets, inputs
+        x = stream.mixer_input(layer, rows)
+        products.add(*_sources(mixer, x, rotation, context.unflatten(-1, heads)))
+        inputs.append(x.flatten(0, 1))
+    pairs, targets = products.take()
+    depends = settings.data_dependent and (config.read_gate or config.skip_taps > 0)
+    weight, bias = fit_gates(torch.cat(inputs), pairs, targets, settings.gate_ridge, data_dependent=depends)
+    _set_gates(mixer, weight, bias)
+    del pairs, targets, inputs
 
     if settings.refit_output:
         fit = OutputFit(mixer.o_proj)
@@ -153,12 +152,17 @@ def _sources(mixer: DeltaMixer, x, rotation, context) -> tuple[list[torch.Tensor
     z, _ = mixer.read(q, k, v, *mixer.strengths(x))
     values = v.repeat_interleave(mixer.group, 2)
     taps = [shifted(values, j) for j in range(mixer.config.skip_taps)]
-    return ([z, *taps], context) if mixer.config.read_gate else (taps, context - z)
+    return ([z, *taps], context) if mixer.config.read_gate or not taps else (taps, context - z)
 
 
 def _set_gates(mixer: DeltaMixer, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Writes coefficients (H, S, D) and (H, S) into read_proj (source 0, where there is one) and skip_proj."""
+    """Writes coefficients (H, S, D) and (H, S) into read_proj (source 0, where there is one) and skip_proj.
+
+    A mixer with neither takes the scale of what it reads into its output projection.
+    """
     first = 0
+    if not mixer.config.read_gate and not mixer.config.skip_taps:
+        mixer.o_proj.weight.mul_(bias[:, 0].repeat_interleave(mixer.head_dim))
     if mixer.config.read_gate:
         mixer.read_proj.weight.copy_(weight[:, 0])
         mixer.read_proj.bias.copy_(bias[:, 0])
@@ -166,6 +170,11 @@ def _set_gates(mixer: DeltaMixer, weight: torch.Tensor, bias: torch.Tensor) -> N
     if mixer.config.skip_taps:
         mixer.skip_proj.weight.copy_(weight[:, first:].flatten(0, 1))
         mixer.skip_proj.bias.copy_(bias[:, first:].flatten())
+
+
+def _has_new_windows(teacher, student) -> bool:
+    pairs = zip(teacher.layer_types, student.layer_types)
+    return any(kind == "sliding_attention" and kind != before for before, kind in pairs)
 
 
 def _check(teacher, student, tokens) -> None:

@@ -158,27 +158,36 @@ def _size(document: Document) -> int:
 
 
 def tokenise(
-    tokenizer, documents: list[Document], windows: int, length: int, name: str, *, may_be_empty: bool = False
+    tokenizer,
+    documents: list[Document],
+    windows: int,
+    length: int,
+    name: str,
+    *,
+    may_be_empty: bool = False,
+    in_order: bool = False,
 ) -> torch.Tensor:
     """Up to `windows` windows (n, length) int64 from documents spread evenly over the list, joined one after another.
 
-    A long document gives at most a quarter of the windows, so that no single one rules the fit.
+    A long document gives at most a quarter of the windows, so that no single one rules the fit, unless there is too
+    little text otherwise. in_order takes the documents whole, as they stand.
     """
-    limit = max(windows * length // 4, length)
-    start = document_start(tokenizer)
-    needed, ids = windows * length, []
-    # Spread: a coarse stride first, then the documents between, until there is enough.
-    order = [i for offset in range(8) for i in range(offset, len(documents), 8)]
-    for index in order:
-        if len(ids) >= needed:
+    needed, start = windows * length, document_start(tokenizer)
+    limit = needed if in_order else max(needed // 4, length)
+    order = range(len(documents)) if in_order else [i for first in range(8) for i in range(first, len(documents), 8)]
+    ids: list[int] = []
+    for most in (limit, needed):
+        ids = []
+        for index in order:
+            if len(ids) >= needed:
+                break
+            document = documents[index]
+            text = document if isinstance(document, str) else render_chat(tokenizer, document)
+            # Twelve characters a token is generous for any language; tokenising a whole book for its start is slow.
+            row = tokenizer(text[: most * 12], add_special_tokens=False)["input_ids"][:most]
+            ids += ([] if start is None or not isinstance(document, str) else [start]) + row
+        if len(ids) >= needed or most == needed:
             break
-        document = documents[index]
-        text = document if isinstance(document, str) else render_chat(tokenizer, document)
-        # Six characters a token is generous for any language; tokenising a whole book for its start is slow.
-        row = tokenizer(text[: limit * 6], add_special_tokens=False)["input_ids"][:limit]
-        ids += ([] if start is None or not isinstance(document, str) else [start]) + row
-        if len(documents) == 1 and len(ids) < needed:
-            ids = tokenizer(text[: needed * 12], add_special_tokens=False)["input_ids"]
     count = min(len(ids) // length, windows)
     if count == 0 and not may_be_empty:
         raise UserError(f"{name}: {len(ids)} tokens of text; at least one window of {length} is needed")
@@ -211,7 +220,7 @@ def write_text(
     length: int,
     seed: int,
     advance: Callable[[float], None] | None = None,
-    batch: int = 32,
+    batch: int = 48,
 ) -> torch.Tensor:
     """(windows, length) token ids sampled from the teacher at temperature 1: the same for the same seed.
 
@@ -227,23 +236,21 @@ def write_text(
         [chat, [start], [start, int(torch.randint(vocabulary, (1,), generator=generator))]][row % 3]
         for row in range(windows)
     ]
-    out = torch.zeros(windows, length, dtype=torch.int64)
-    by_length: dict[int, list[int]] = {}
+    given = torch.full((windows, length), -1, dtype=torch.int64)
     for row, opening in enumerate(openings):
-        by_length.setdefault(min(len(opening), length), []).append(row)
-    for size, rows in sorted(by_length.items()):
-        for group in (rows[i : i + batch] for i in range(0, len(rows), batch)):
-            out[group, :size] = torch.tensor([openings[row][:size] for row in group])
-            ids, cache = out[group, :size].to(teacher.device), None
-            for position in range(size, length):
-                output = teacher(ids, cache=cache, use_cache=True, logits_to_keep=1)
-                cache = output[CACHE]
-                chances = torch.softmax(output.logits[:, -1].float().cpu(), -1)
-                ids = torch.multinomial(chances, 1, generator=generator)
-                out[group, position] = ids[:, 0]
-                ids = ids.to(teacher.device)
-                if advance is not None:
-                    advance(len(group))
+        given[row, : len(opening)] = torch.tensor(opening)[:length]
+    out = given.clone()
+    for group in (slice(first, first + batch) for first in range(0, windows, batch)):
+        cache = None
+        for position in range(1, length):
+            ids = out[group, position - 1 : position].to(teacher.device)
+            output = teacher(ids, cache=cache, use_cache=True, logits_to_keep=1)
+            cache = output[CACHE]
+            chances = torch.softmax(output.logits[:, -1].float().cpu(), -1)
+            sampled = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            out[group, position] = torch.where(given[group, position] < 0, sampled, given[group, position])
+            if advance is not None:
+                advance(len(sampled))
     return out
 
 

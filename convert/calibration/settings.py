@@ -4,6 +4,8 @@ another kind than they were fitted on: docs/results/calibration.md has the table
 
 from dataclasses import dataclass, replace
 
+import torch
+
 EFFORTS = ("quick", "full")
 
 
@@ -16,7 +18,8 @@ class Settings:
     refit_output: fit the output projection and its bias.
     gate_ridge: penalty on the data-dependent part, in units of its mean squared feature.
     output_ridge: pull of the output projection towards the teacher's, in units of its mean squared feature.
-    sequential: layers are fitted on the student's own stream; else on the teacher's, each by itself.
+    sequential: layers are fitted on the student's own stream; else on the teacher's, each by itself. None: where the
+        student has sliding attention that the teacher has not, whose errors only other layers can make good.
     catch_up: share of the error that earlier layers left in the student's stream which this layer is to make good.
     half_lives, betas: the coarse grid of the search, in tokens and as shares of the largest write strength.
     sweeps: rounds of coordinate descent after the grid.
@@ -30,7 +33,7 @@ class Settings:
     refit_output: bool = True
     gate_ridge: float = 0.03
     output_ridge: float = 1.0
-    sequential: bool = True
+    sequential: bool | None = None
     catch_up: float = 1.0
     half_lives: tuple[float, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1e9)
     betas: tuple[float, ...] = (0.02, 0.1, 0.25, 0.5, 0.75, 0.95)
@@ -43,8 +46,11 @@ class Settings:
     def of(cls, effort: str = "full", **changes) -> "Settings":
         """`full`, or `quick`: a grid and a search text small enough for a CPU (the loss is in the results)."""
         if effort == "quick":
-            settings = cls(
-                half_lives=(2, 8, 32, 128, 1e9), betas=(0.05, 0.2, 0.6), sweeps=1, search_windows=4, search_length=512
-            )
-            return replace(settings, **changes)
+            settings = cls(half_lives=(1, 4, 16, 64, 256, 1e9), betas=(0.03, 0.1, 0.3, 0.7), search_length=512)
+            return replace(settings, search_windows=6, **changes)
         return cls(**changes)
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> "Settings":
+        """What is affordable there."""
+        return cls.of("quick" if device.type == "cpu" else "full")

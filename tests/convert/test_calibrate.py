@@ -119,6 +119,14 @@ def test_an_interrupted_calibration_goes_on_with_the_same_bits(teacher, windows,
     assert all((tmp_path / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
 
 
+@pytest.mark.parametrize(("hybrid", "sequential"), [("every:3", False), ("swa:16", True)])
+def test_layers_are_fitted_in_sequence_where_attention_was_narrowed(teacher, windows, hybrid, sequential):
+    default, named = fresh_student(teacher, hybrid), fresh_student(teacher, hybrid)
+    calibrate(teacher, default, windows[0][:3], FAST)
+    calibrate(teacher, named, windows[0][:3], Settings(**{**vars(FAST), "sequential": sequential}))
+    assert all(torch.equal(tensor, default.state_dict()[name]) for name, tensor in named.state_dict().items())
+
+
 def test_finished_layers_of_another_text_are_not_taken(teacher, windows, tmp_path):
     first, second, expected = (fresh_student(teacher, "every:3") for _ in range(3))
     calibrate(teacher, first, windows[0][:3], FAST, folder=tmp_path)
