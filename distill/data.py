@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,11 +26,13 @@ _DOCUMENTS, _SEQUENCES, _BLOCKS, _REPEATS = range(4)  # what a hash is for
 
 @dataclass(frozen=True)
 class Part:
-    """Documents of a source as spans of its tokens: start, stop (documents) int64."""
+    """Documents of a source as spans of its tokens: start, stop (documents) int64. Where `middle` is given, each is a
+    pair (`preferences.py`): the chosen conversation up to the middle, the rejected one behind it."""
 
     tokens: Tokens
     start: np.ndarray
     stop: np.ndarray
+    middle: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -56,18 +58,31 @@ class Report:
 
 def whole(tokens: Tokens) -> Part:
     """All documents of a source."""
+    if tokens.kind == "preference":
+        return Part(tokens, tokens.bounds[:-1:2], tokens.bounds[2::2], tokens.bounds[1::2])
     return Part(tokens, tokens.bounds[:-1], tokens.bounds[1:])
 
 
+def chosen(part: Part) -> Part:
+    """The part without the answers that were rejected, as conversations of their own."""
+    return part if part.middle is None else Part(part.tokens, part.start, part.middle)
+
+
 def split(tokens: Tokens, held_out: float) -> tuple[Part, Part]:
-    """The source without its last share of tokens, and that share. A text is cut where the share begins; a chat in
-    which it begins is held out whole. Raises UserError where nothing is left to train on."""
+    """The source without its last share of tokens, and that share. A text is cut where the share begins; a chat or
+    a pair in which it begins is held out whole. Raises UserError where nothing is left to train on."""
     everything = whole(tokens)
     border = int(tokens.facts.tokens * (1 - held_out))
-    first = int(np.searchsorted(tokens.bounds, border, side="right")) - 1  # the document in which the share begins
-    cut = [border] if tokens.kind == "text" and border > tokens.bounds[first] else []
+    edges = np.append(everything.start, everything.stop[-1])
+    first = int(np.searchsorted(edges, border, side="right")) - 1  # the document in which the share begins
+    cut = [border] if tokens.kind == "text" and border > edges[first] else []
     train = Part(tokens, everything.start[: first + len(cut)], np.append(everything.stop[:first], cut).astype(np.int64))
     held = Part(tokens, np.append(cut, everything.start[first + len(cut) :]).astype(np.int64), everything.stop[first:])
+    if everything.middle is not None:
+        train, held = (
+            replace(part, middle=middle)
+            for part, middle in zip((train, held), np.split(everything.middle, [len(train.start)]))
+        )
     if not train.num_tokens:
         raise UserError(f"source {tokens.name}: a share of {held_out} held out leaves nothing to train on")
     return train, held
@@ -125,9 +140,12 @@ class Corpus:
         packing, order = self._epoch(source, inner // self.sizes[source])
         pieces, marks = [], []
         for document, start, stop in packing.pieces(int(order[inner % self.sizes[source]])):
-            span = slice(part.start[document] + start, part.start[document] + stop)
-            pieces.append(part.tokens.ids[span].astype(np.int64))
-            marks.append(None if part.tokens.marks is None else part.tokens.marks[span].astype(bool))
+            edges = [part.start[document] + start, part.start[document] + stop]
+            if part.middle is not None:
+                edges.insert(1, part.middle[document])
+            for span in map(slice, edges, edges[1:]):
+                pieces.append(part.tokens.ids[span].astype(np.int64))
+                marks.append(None if part.tokens.marks is None else part.tokens.marks[span].astype(bool))
         if self.repeats and part.tokens.marks is None:
             pieces = with_repeats(pieces, self.repeats, *self.key, _REPEATS, index)
         return assemble(pieces, self.seq_len, self.pad_id, marks)
@@ -189,6 +207,8 @@ def _fit(part: Part, seq_len: int, too_long: str) -> tuple[Part, dict]:
             "packed": facts["tokens"], "dropped": 0, "dropped_documents": 0, "cut_answers": 0,
             "supervised": facts["tokens"], "stop_share": stopped,
         }  # fmt: skip
+    if part.middle is not None:
+        return _fit_pairs(part, seq_len, facts)
     stop = part.stop.copy()
     keep = np.ones(len(lengths), bool)
     supervised, cut, stopped = 0, 0, 0
@@ -215,4 +235,21 @@ def _fit(part: Part, seq_len: int, too_long: str) -> tuple[Part, dict]:
         "packed": kept.num_tokens, "dropped": facts["tokens"] - kept.num_tokens,
         "dropped_documents": int((~keep).sum()), "cut_answers": cut, "supervised": supervised,
         "stop_share": whole_share * stopped / int(keep.sum()),
+    }  # fmt: skip
+
+
+def _fit_pairs(part: Part, seq_len: int, facts: dict) -> tuple[Part, dict]:
+    """The pairs of at most seq_len tokens. A longer one is dropped: cut short, it would compare something else."""
+    keep = part.stop - part.start <= seq_len
+    if not keep.any():
+        raise UserError(
+            f"source {part.tokens.name}: none of its {len(keep)} pairs fits into {seq_len} tokens, the shortest has "
+            f"{(part.stop - part.start).min()}; raise seq_len"
+        )
+    kept = Part(part.tokens, part.start[keep], part.stop[keep], part.middle[keep])
+    supervised = sum(int(part.tokens.marks[a:b].sum()) for a, b in zip(kept.start, kept.stop))
+    return kept, facts | {
+        "packed": kept.num_tokens, "dropped": facts["tokens"] - kept.num_tokens,
+        "dropped_documents": int((~keep).sum()), "cut_answers": 0, "supervised": supervised,
+        "stop_share": part.tokens.facts.stopped / part.tokens.facts.documents,
     }  # fmt: skip

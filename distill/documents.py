@@ -64,13 +64,12 @@ def pin_revision(source: Source) -> Source:
 
 
 def read_source(source: Source, files: list[Path]) -> Iterator[tuple[str, str | Messages]]:
-    """(place, document) of every document that is not blank, up to `max_documents`.
+    """(place, document) of every document that is not blank, up to `max_documents`; not for preferences.
 
     Raises UserError with the place for what is not UTF-8, not JSON, or has no text or messages where they should be.
     """
-    records = (found for file in files for found in _records(file, source)) if files else _hub_records(source)
     count = 0
-    for place, record in records:
+    for place, record in read_records(source, files):
         if source.max_documents is not None and count >= source.max_documents:
             return
         document = _conversation(record, source, place) if source.kind == "chat" else _text(record, source, place)
@@ -78,6 +77,11 @@ def read_source(source: Source, files: list[Path]) -> Iterator[tuple[str, str | 
             continue
         count += 1
         yield place, document
+
+
+def read_records(source: Source, files: list[Path]) -> Iterator[tuple[str, object]]:
+    """(place, record) of every record of a source as it stands there: text, or what JSON or parquet holds."""
+    return (found for file in files for found in _records(file, source)) if files else _hub_records(source)
 
 
 def _suffix(file: Path) -> str:
@@ -172,7 +176,8 @@ def _encodable(text: str, place: str) -> str:
     return text
 
 
-def _pick(record: dict, field: str | None, candidates: tuple[str, ...]) -> str | None:
+def pick(record: dict, field: str | None, candidates: tuple[str, ...]) -> str | None:
+    """The key `field` where the record has it; without a wish the first of the candidates it has; else None."""
     if field is not None:
         return field if field in record else None
     return next((name for name in candidates if name in record), None)
@@ -180,10 +185,10 @@ def _pick(record: dict, field: str | None, candidates: tuple[str, ...]) -> str |
 
 def _text(record: object, source: Source, place: str) -> str:
     if isinstance(record, dict):
-        field = _pick(record, source.field, TEXT_FIELDS)
+        field = pick(record, source.field, TEXT_FIELDS)
         if field is None:
             wanted = source.field or " or ".join(TEXT_FIELDS)
-            hint = "; `kind: chat` reads conversations" if _pick(record, None, CHAT_FIELDS) else ""
+            hint = "; `kind: chat` reads conversations" if pick(record, None, CHAT_FIELDS) else ""
             raise UserError(f"{place}: no {wanted} among the keys {', '.join(map(str, record))}{hint}")
         record = record[field]
         place = f"{place} {field}"
@@ -196,7 +201,7 @@ def _conversation(record: object, source: Source, place: str) -> Messages:
     """Messages from `messages`, ShareGPT's `conversations` (from, value), or instruction / input / output."""
     if not isinstance(record, dict):
         raise UserError(f"{place}: expected an object with messages, got {type(record).__name__}")
-    field = _pick(record, source.field, CHAT_FIELDS)
+    field = pick(record, source.field, CHAT_FIELDS)
     if field is None and source.field is None and {"instruction", "output"} <= record.keys():
         question = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
         turns: object = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
@@ -206,14 +211,18 @@ def _conversation(record: object, source: Source, place: str) -> Messages:
         raise UserError(f"{place}: no {wanted} among the keys {', '.join(map(str, record))}")
     else:
         turns = record[field]
+    return read_turns(turns, f"{place} {field}")
+
+
+def read_turns(turns: object, where: str) -> Messages:
+    """Messages from a list of turns, each with role and content, or from and value. Raises UserError with `where`."""
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{place} {field}: expected a list of messages")
+        raise UserError(f"{where}: expected a list of messages")
     messages = []
     for number, turn in enumerate(turns):
-        where = f"{place} {field}[{number}]"
         role = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"{where}: expected an object with role and content, both text")
-        messages.append({"role": ROLES.get(role, role), "content": _encodable(content, where)})
+            raise UserError(f"{where}[{number}]: expected an object with role and content, both text")
+        messages.append({"role": ROLES.get(role, role), "content": _encodable(content, f"{where}[{number}]")})
     return messages

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from deltanet.errors import UserError
 
-from .data import Corpus, Part, Report, split, whole
+from .data import Corpus, Part, Report, chosen, split, whole
 from .engine import World
 from .packing import Sequence
+from .recipe import stage_sources
 from .schedules import Schedule
 from .schema import Recipe, Source, Stage
 from .teacher_text import planned
@@ -93,9 +94,9 @@ def prepare(
     for source in recipe.data.sources:
         share = 0.0 if recipe.evaluation.sources else recipe.data.held_out
         train[source.name], held = split(read(source), share)
-        held_out.append(held)
+        held_out.append(chosen(held))
     if recipe.evaluation.sources:
-        held_out = [whole(read(source)) for source in recipe.evaluation.sources]
+        held_out = [chosen(whole(read(source))) for source in recipe.evaluation.sources]
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return Prepared(train, [part for part in held_out if part.num_tokens], pad_id)
 
@@ -118,7 +119,7 @@ def plan_stages(recipe: Recipe, prepared: Prepared) -> list[StagePlan]:
     """Every stage in numbers. Raises UserError where its sources cannot fill a sequence."""
     plans = []
     for index, stage in enumerate(recipe.stages):
-        names = stage.sources or tuple(prepared.train)
+        names = stage_sources(recipe, stage)
         weights = {source.name: source.weight for source in recipe.data.sources}
         seq_len = stage.seq_len or recipe.data.seq_len
         batch_size = stage.batch_size or recipe.training.batch_size

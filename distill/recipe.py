@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from deltanet.errors import UserError, nearest
 
 from .redact import looks_secret, mask, names_a_secret
-from .schema import DEFAULTS_OF, LOSSES_OF, READY, Recipe
+from .schema import DEFAULTS_OF, LOSSES_OF, READY, Recipe, Source, Stage
 from .yaml_lines import KeyPath, dotted, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
@@ -90,6 +90,15 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recip
     if complaints:
         raise _first(raw, complaints)
     return recipe
+
+
+def stage_sources(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
+    """The names of the sources a stage reads: those it says, else all that it can read."""
+    return stage.sources or tuple(source.name for source in recipe.data.sources if _reads(stage, source))
+
+
+def _reads(stage: Stage, source: Source) -> bool:
+    return (source.kind == "preference") == (stage.kind == "dpo")
 
 
 def show(recipe: Recipe) -> str:
@@ -189,6 +198,9 @@ def _resolve(value: dict) -> dict:
         kinds.append(kind)
         for key, default in DEFAULTS_OF.get(kind if isinstance(kind, str) else "", {}).items():
             stage.setdefault(key, copy.deepcopy(default))
+        for loss in stage["losses"] if isinstance(stage.get("losses"), list) else []:
+            if isinstance(loss, dict) and loss.get("name") == "dpo":
+                loss.setdefault("beta", DEFAULTS_OF["dpo"]["losses"][0]["beta"])
         if stage.get("name") is None and isinstance(kind, str):
             stage["name"] = kind if kinds.count(kind) == 1 else f"{kind}{kinds.count(kind)}"
     data = value.get("data")
@@ -269,9 +281,16 @@ def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> typing.It
                 f"allowed: {', '.join(allowed)}"  # fmt: skip
     if not stage.losses:
         yield (*path, "losses"), "no loss to train on"
+    if stage.kind == "dpo" and len(stage.losses) > 1:
+        yield (*path, "losses"), f"a dpo stage has one loss, not {len(stage.losses)}"
+    readable = [source.name for source in recipe.data.sources if _reads(stage, source)]
+    if not readable and names:
+        kind = "`kind: preference`" if stage.kind == "dpo" else "text or chats"
+        yield path, f"no source for a {stage.kind} stage, which reads {kind}"
     for index, name in enumerate(stage.sources):
-        if name not in names:
-            yield (*path, "sources", index), f"{name!r} is no source; allowed: {', '.join(names)}{nearest(name, names)}"
+        if name not in readable:
+            what = f"is no source that a {stage.kind} stage can read" if name in names else "is no source"
+            yield (*path, "sources", index), f"{name!r} {what}; allowed: {', '.join(readable)}{nearest(name, readable)}"
     batch = stage.batch_size or recipe.training.batch_size
     micro = stage.micro_batch_size or recipe.training.micro_batch_size
     if batch % micro:

@@ -3,6 +3,7 @@
     run/recipe.yaml environment.json inputs.json    written before step 1
     run/student/            the converted student, where the recipe converts one
     run/written/ tokens/    what the teacher wrote, if the recipe asks; the sources, tokenised once
+    run/references/         of `dpo` stages: the student as the stage found it
     run/commits/step-N/     atomic checkpoints; the newest that verifies is where the run goes on
     run/metrics.jsonl report.json report.md loss.png
     run/export/             the finished student
@@ -14,6 +15,7 @@ are the same thing. Twins: tests/distill/test_run.py, tests/fault/test_kill.py.
 import contextlib
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -26,7 +28,7 @@ from convert.command import convert, load_tokenizer
 from convert.loading import load_teacher
 from convert.sources import open_source
 from deltanet import DeltaNetForCausalLM, load_student
-from deltanet.errors import Interrupted, UserError
+from deltanet.errors import DeltanetError, Interrupted, UserError
 
 from .commit import Commit, drop_newer, locked, newest_commit, verify, write_commit
 from .engine import Engine, EngineSettings, World, start_world
@@ -40,7 +42,7 @@ from .recipe import load_recipe, show
 from .records import check_recipe_unchanged, write_records
 from .report import sample, write_report
 from .schema import Recipe, Source
-from .stages import PREFIX, Align, Whole, needs_teacher, share_frozen
+from .stages import PREFIX, Align, Dpo, Whole, needs_teacher, share_frozen
 from .state import STUDENT, Marks, load_moments, write_state
 from .teacher_text import written_source
 from .trainable import parameter_groups, trained_names
@@ -202,7 +204,7 @@ class _Run:
             parameter.requires_grad_(name in names)
         if self.settings.zero_stage < 3:
             share_frozen(student, self.teacher)
-        module = self._module(plan, student)
+        module = self._module(plan, student, folder, commit is not None)
         trained = {n.removeprefix(PREFIX): p for n, p in module.named_parameters() if p.requires_grad}
         if missing := sorted(names - trained.keys()):
             raise UserError(
@@ -233,7 +235,8 @@ class _Run:
 
         def measure() -> dict[str, float]:
             module.eval()
-            return mean_parts(engine.forward, module.count, self.held_out, self.world)
+            count = Whole.count if stage.kind == "dpo" else module.count
+            return mean_parts(engine.forward, count, self.held_out, self.world)
 
         job = Job(
             index=plan.index,
@@ -257,7 +260,7 @@ class _Run:
         engine.close()
         return made[0]
 
-    def _module(self, plan: StagePlan, student: DeltaNetForCausalLM) -> Align | Whole:
+    def _module(self, plan: StagePlan, student: DeltaNetForCausalLM, start: Path, goes_on: bool) -> Align | Whole:
         training, stage = self.recipe.training, plan.stage
         if stage.kind == "align":
             module = Align(student, self.teacher, stage)
@@ -265,8 +268,28 @@ class _Run:
             return module
         if training.activation_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        teacher = self.teacher if needs_teacher(stage) else None
-        return Whole(student, teacher, stage, vocab_size=self.vocab_size, chunk_tokens=training.loss_chunk_tokens)
+        options = {"vocab_size": self.vocab_size, "chunk_tokens": training.loss_chunk_tokens}
+        if stage.kind == "dpo":
+            return Dpo(student, self._reference(plan, start, goes_on), stage, teacher=self.teacher, **options)
+        return Whole(student, self.teacher if needs_teacher(stage) else None, stage, **options)
+
+    def _reference(self, plan: StagePlan, start: Path, goes_on: bool) -> DeltaNetForCausalLM:
+        """The student at the start of the stage, frozen. Kept in the run, since commits that old are not."""
+        folder = self.folder / "references" / plan.stage.name
+
+        def keep() -> None:
+            if folder.is_dir():
+                return
+            if goes_on:
+                raise DeltanetError(f"{folder}: gone, so stage {plan.stage.name} cannot go on; restore it")
+            temporary = folder.with_name(f"{folder.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(start, temporary)
+            os.replace(temporary, folder)
+
+        once(self.world, keep)
+        dtype = torch.bfloat16 if self.settings.casts_parameters else torch.float32
+        return load_student(folder, dtype=dtype, device=self.world.device).requires_grad_(False)
 
     def _figures(self, model: DeltaNetForCausalLM, teacher: DeltaNetForCausalLM | None) -> dict[str, float]:
         bfloat16 = self.settings.precision == "bf16"

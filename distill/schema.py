@@ -60,7 +60,9 @@ class Source(Section):
     config: str | None = Field(None, description="configuration of the Hub data set")
     split: str = Field("train", description="split of the Hub data set")
     revision: str | None = Field(None, description="commit of the Hub data set")
-    kind: Literal["text", "chat"] = Field("text", description="plain documents, or conversations")
+    kind: Literal["text", "chat", "preference"] = Field(
+        "text", description="plain documents, conversations, or pairs of a chosen and a rejected answer"
+    )
     field: str | None = Field(None, description="key of the text or of the messages; found by itself if None")
     separator: str | None = Field(None, description="what parts the documents of a txt file; None: one document a file")
     weight: float | None = Field(None, gt=0, description="share of the sequences; None: by its number of sequences")
@@ -81,31 +83,38 @@ class Data(Section):
 
 
 KINDS = ("calibrate", "align", "distil", "long", "sft", "dpo", "onpolicy", "pretrain", "convert_step")
-READY = ("align", "distil", "long", "sft", "pretrain")  # the others are refused when a recipe is loaded
+READY = ("align", "distil", "long", "sft", "dpo", "pretrain")  # the others are refused when a recipe is loaded
 _TOKEN_LOSSES = ("forward_kl", "reverse_kl", "jsd", "ce", "hidden_cosine", "hidden_mse", "layer_cosine")
 LOSSES_OF = {
     "align": ("mixer_l2", "mixer_mse", "mixer_cosine"),
     "distil": _TOKEN_LOSSES,
     "long": _TOKEN_LOSSES,
     "sft": _TOKEN_LOSSES,
+    "dpo": ("dpo",),
     "pretrain": ("ce", "layer_cosine"),
 }
 # What published conversions agree on: align the mixers alone at 1e-3 (RADLADS, arXiv 2505.03005; HALO, 2601.22156),
-# then train everything by forward KL at T = 1 and a rate of 1e-4 or less.
+# then train everything by forward KL at T = 1 and a rate of 1e-4 or less. Preferences: the rate of Zephyr (2310.16944).
 DEFAULTS_OF = {
     "align": {"trainable": ["mixers"], "lr": 1e-3, "losses": [{"name": "mixer_l2"}]},
     "distil": {"trainable": ["all"], "lr": 1e-4, "losses": [{"name": "forward_kl"}]},
     "long": {"trainable": ["all"], "lr": 1e-5, "losses": [{"name": "forward_kl"}]},
     "sft": {"trainable": ["all"], "lr": 1e-5, "losses": [{"name": "ce"}]},
+    "dpo": {"trainable": ["all"], "lr": 5e-7, "losses": [{"name": "dpo", "beta": 0.1}]},
     "pretrain": {"trainable": ["all"], "lr": 1e-3, "losses": [{"name": "ce"}]},
 }
 
 
 class Loss(Section):
-    name: Literal[(*LOSSES_OF["align"], *_TOKEN_LOSSES)] = Field(description="which term")
+    name: Literal[(*LOSSES_OF["align"], *_TOKEN_LOSSES, "dpo")] = Field(description="which term")
     weight: float = Field(1.0, gt=0)
     temperature: float = Field(1.0, gt=0, description="of forward_kl, reverse_kl and jsd, which are multiplied by T^2")
-    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: the teacher's share in the mixture")
+    beta: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="of jsd: the teacher's share in the mixture; of dpo: how strongly the reference holds",
+    )
 
 
 class Stage(Section):
@@ -124,7 +133,7 @@ class Stage(Section):
     weight_decay: float = Field(0.0, ge=0, description="never on norms, biases and gates")
     adam_betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     losses: Many[Loss] = ()
-    sources: Many[str] = Field((), description="names of data.sources; () is all")
+    sources: Many[str] = Field((), description="names of data.sources; () is all that the kind can read")
     seq_len: int | None = Field(None, ge=2, description="instead of data.seq_len")
     batch_size: int | None = Field(None, gt=0, description="instead of training.batch_size")
     micro_batch_size: int | None = Field(None, gt=0, description="instead of training.micro_batch_size")

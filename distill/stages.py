@@ -3,7 +3,8 @@
 `align` is teacher-forced: one pass of the teacher gives every layer's input and attention output, and each linear
 layer's mixer fits the output on that input; no gradient crosses a layer. The other kinds run the student whole:
 losses over the vocabulary (chunked, no logits of a batch) and on hidden states, against the teacher where they need
-one. Loss functions: losses.py, hidden_losses.py; the loop: loop.py; twin: tests/distill/test_stages.py.
+one; `dpo` compares the two answers of a pair, against the student as the stage found it. Loss functions: losses.py,
+hidden_losses.py; the loop: loop.py. Twins: tests/distill/test_stages.py, test_preferences.py.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from deltanet import DeltaNetForCausalLM
 
 from . import hidden_losses
 from .batch import Batch, num_real, num_targets
-from .losses import VOCABULARY_LOSSES, Term, vocabulary_loss
+from .losses import VOCABULARY_LOSSES, Term, token_logprobs, vocabulary_loss
 from .packing import IGNORED
 from .packing import Sequence as Packed
+from .preferences import num_pairs, pair_sums
 from .schema import Stage
 
 PREFIX = "student."
@@ -39,7 +41,7 @@ def terms_of(stage: Stage) -> list[Term]:
 
 
 def needs_teacher(stage: Stage) -> bool:
-    return any(loss.name not in ("ce", "layer_cosine") for loss in stage.losses)
+    return any(loss.name not in ("ce", "layer_cosine", "dpo") for loss in stage.losses)
 
 
 class Align(nn.Module):
@@ -169,6 +171,44 @@ class Whole(nn.Module):
                 value = sum(_STATE_LOSSES[term.name](mine, its, valid, count) for mine, its in pairs) / len(pairs)
             loss, parts[term.name] = loss + term.weight * value, value.detach()
         return loss, parts
+
+
+class Dpo(Whole):
+    """Preferences: log-probabilities of the chosen and the rejected answer, given the prompt, against those of a
+    reference (arXiv 2305.18290). The loss is the mean over the pairs, ln 2 while student and reference are equal.
+
+    The reference is the student at the start of the stage. It is held as the teacher is: neither trained, sharded nor
+    saved. `measure` is that of `Whole`, against the teacher, and averaged over `Whole.count`.
+    """
+
+    def __init__(self, student: DeltaNetForCausalLM, reference: DeltaNetForCausalLM, stage: Stage, **options):
+        teacher = options.pop("teacher", None)
+        super().__init__(student, teacher, stage, **options)
+        self._reference, (self.term,) = [reference], terms_of(stage)
+
+    @staticmethod
+    def count(sequences: Sequence[Packed]) -> int:
+        """What the loss is averaged over: the pairs."""
+        return num_pairs(sequences)
+
+    def forward(self, batch: Batch, count: float, measure: bool = False) -> Share:
+        """Parts: `dpo`, `margin` (how much more than the reference the student prefers the chosen answer, times beta)
+        and `accuracy` (the share of pairs in which it does)."""
+        if measure:
+            return super().forward(batch, count, measure)
+        chosen, rejected = self._answers(self.student, batch)
+        with torch.no_grad():
+            reference = self._answers(self._reference[0], batch)
+        value = hidden_losses.dpo(chosen, rejected, *reference, self.term.beta, count)
+        margin = self.term.beta * ((chosen - rejected) - (reference[0] - reference[1])).detach()
+        share = 1 / max(count, 1)
+        parts = {"dpo": value.detach(), "margin": margin.sum() * share, "accuracy": (margin > 0).sum() * share}
+        return self.term.weight * value, parts
+
+    def _answers(self, model: DeltaNetForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per pair the log-probability of the chosen and of the rejected answer."""
+        hidden, weight = _run(model, batch).last_hidden_state, head(model)[: self.vocab_size]
+        return pair_sums(token_logprobs(hidden, weight, batch.targets, chunk_tokens=self.chunk_tokens), batch)
 
 
 def head(model: DeltaNetForCausalLM) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """A source tokenised once: memory-mapped ids on disk, under a name that is the digest of everything that made them.
 
-The folder NAME holds ids.bin (uint16 or uint32), bounds.bin (int64: where documents begin, and the end), for chats
+The folder NAME holds ids.bin (uint16 or uint32), bounds.bin (int64: where documents begin, and the end), but for texts
 marks.bin (uint8: 1 where a token is supervised) and facts.json with the counts and the sizes of the files. It appears
 by one rename when complete; one process at a time makes it. Twin: tests/distill/test_data.py.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,8 @@ import numpy as np
 from deltanet.errors import DeltanetError, UserError
 
 from .chat import encode_chat
-from .documents import find_files, pin_revision, read_source
+from .documents import find_files, pin_revision, read_records, read_source
+from .preferences import read_pair
 from .schema import Source
 
 FORMAT = 1
@@ -38,7 +40,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The documents of a source: document i is ids[bounds[i] : bounds[i + 1]]; marks is None where all supervise."""
+    """The documents of a source: document i is ids[bounds[i] : bounds[i + 1]]; marks is None where all supervise.
+    Of preferences documents 2 i and 2 i + 1 are the chosen and the rejected conversation."""
 
     name: str
     kind: str
@@ -95,7 +98,7 @@ def tokenise(
     files, source = find_files(source), pin_revision(source)
     made_by = source.model_dump(mode="json", exclude={"name", "weight", "path"})
     contents = [file_digest(file) for file in files]
-    chat_rule = [train_on, sorted(stop_ids)] if source.kind == "chat" else None
+    chat_rule = None if source.kind == "text" else [train_on, sorted(stop_ids)]
     digest = _digest([FORMAT, made_by, contents, tokenizer_digest(tokenizer), chat_rule])
     folder = cache / digest[:32]
     if not folder.is_dir():
@@ -118,6 +121,11 @@ def _digest(value: object) -> str:
 
 
 def _encode(source: Source, files, tokenizer, stop_ids, train_on) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    if source.kind == "preference":
+        for place, record in itertools.islice(read_records(source, files), source.max_documents):
+            for messages in read_pair(record, source, place):
+                yield encode_chat(messages, tokenizer, stop_ids, "last", place)
+        return
     documents = read_source(source, files)
     if source.kind == "chat":
         for place, messages in documents:
@@ -148,7 +156,7 @@ def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: s
         bounds, supervised, stopped = [0], 0, 0
         with contextlib.ExitStack() as stack:
             ids_file = stack.enter_context(open(staging / "ids.bin", "wb"))
-            marks_file = stack.enter_context(open(staging / "marks.bin", "wb")) if source.kind == "chat" else None
+            marks_file = stack.enter_context(open(staging / "marks.bin", "wb")) if source.kind != "text" else None
             for ids, marks in documents:
                 if len(ids) and int(ids.max()) >= vocab_size:
                     raise UserError(
@@ -194,5 +202,5 @@ def _open(folder: Path, source: Source, digest: str, vocab_size: int) -> Tokens:
             raise ValueError("the counts do not agree")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: damaged tokens of source {source.name} ({error}); delete the folder") from None
-    marks = np.memmap(folder / "marks.bin", np.uint8, "r") if source.kind == "chat" else None
+    marks = np.memmap(folder / "marks.bin", np.uint8, "r") if source.kind != "text" else None
     return Tokens(source.name or "", source.kind, digest, ids, bounds, marks, facts)

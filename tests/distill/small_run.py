@@ -23,6 +23,14 @@ def write_teacher(folder: Path) -> Path:
     return folder
 
 
+def teach_chats(teacher: Path) -> None:
+    """Gives the teacher's tokenizer a chat template whose answers end with its end-of-text token."""
+    end = "<|endoftext|>"
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}" + end + "{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    (teacher / "chat_template.jinja").write_text(template)
+
+
 def write_recipe(path: Path, teacher: Path, **changes) -> Path:
     """align 6 steps, distil 6 steps, a commit every 2; `changes` are `section__key=value`."""
     recipe = {

@@ -61,7 +61,7 @@ def test_defaults_by_kind_are_filled_in():
         ("lr: 1e-4", "warmup_step: 4", "r.yaml:15 stages.1.warmup_step: unknown key (did you mean 'warmup_steps'?); "),
         ("kind: distil", "kind: distill", "r.yaml:13 stages.1.kind: got 'distill' (text), allowed: calibrate, align, "),
         ("kind: distil", "kind: distill", "(did you mean 'distil'?)"),
-        ("kind: distil", "kind: dpo", "r.yaml:13 stages.1.kind: 'dpo' stages do not run yet; these do: align, distil"),
+        ("kind: distil", "kind: calibrate", "r.yaml:13 stages.1.kind: 'calibrate' stages do not run yet; these do: "),
         ("steps: 10", "steps: 10.5", "r.yaml:12 stages.0.steps: got 10.5, expected a whole number"),
         ("steps: 10", "steps: yes", "r.yaml:12 stages.0.steps: got 'yes' (text), expected a whole number"),
         ("steps: 10", "steps: 0", "r.yaml:12 stages.0.steps: got 0, expected a number above 0"),

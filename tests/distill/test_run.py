@@ -1,6 +1,7 @@
 """Whole runs in one process: what the folder holds at the end, and what is refused on the way."""
 
 import json
+import math
 
 import pytest
 import small_run
@@ -148,3 +149,28 @@ def test_what_cannot_be_trained_is_refused_by_name(made, tmp_path, overrides, wo
     folder, _ = made
     with pytest.raises(UserError, match=words):
         distil(folder / "r.yaml", overrides, output=tmp_path / "run")
+
+
+def test_a_dpo_stage_runs_from_pairs_to_export_and_resumes_to_the_same_weights(tmp_path):
+    teacher = small_run.write_teacher(tmp_path / "teacher")
+    small_run.teach_chats(teacher)
+    rows = [{"prompt": f"Tell {i}", "chosen": f"a cat {i}", "rejected": f"no {i}"} for i in range(40)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    recipe = small_run.write_recipe(
+        tmp_path / "r.yaml",
+        teacher,
+        data={"sources": [{"path": str(tmp_path / "pairs.json"), "kind": "preference"}], "seq_len": 64},
+        stages=[{"kind": "dpo", "steps": 4, "lr": 1e-3}],
+    )
+    whole = distil(recipe, ["data.held_out=0.2", "evaluation.sources=[]"], output=tmp_path / "whole")
+    records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert records[3]["dpo"] < records[0]["dpo"]
+    assert records[3]["margin"] > 0
+    # Going on from the commit after step 2, with the reference that the run keeps.
+    half = str(tmp_path / "whole" / "commits" / "step-00000002")
+    before = load_file(tmp_path / "whole" / "export" / "model.safetensors")
+    again = distil(recipe, ["data.held_out=0.2", "evaluation.sources=[]"], output=tmp_path / "whole", resume=half)
+    assert again["results"] == whole["results"]
+    after = load_file(tmp_path / "whole" / "export" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)

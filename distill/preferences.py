@@ -1,0 +1,68 @@
+"""Preferences: one prompt with an answer that was chosen and one that was rejected, as two conversations.
+
+In a token cache the two stand one after the other, chosen first, and from there on a pair is one document: it is
+held out, packed and dropped as a whole, so no packing can part or mix it. Twin: tests/distill/test_preferences.py.
+"""
+
+from collections.abc import Sequence as Many
+
+import numpy as np
+import torch
+
+from deltanet.errors import UserError
+
+from .batch import Batch
+from .documents import CHAT_FIELDS, Messages, pick, read_turns
+from .packing import IGNORED, Sequence
+from .schema import Source
+
+ANSWERS = ("chosen", "rejected")
+
+
+def read_pair(record: object, source: Source, place: str) -> tuple[Messages, Messages]:
+    """(chosen, rejected), each a whole conversation that ends with the assistant's answer.
+
+    The prompt is `messages` or `conversations` (`field` names another), or the text `prompt`; the answers are a text,
+    a turn, or a list of turns, which without a prompt is the whole conversation. Raises UserError headed by `place`.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: expected an object with chosen and rejected, got {type(record).__name__}")
+    for key in ANSWERS:
+        if key not in record:
+            raise UserError(f"{place}: no {key} among the keys {', '.join(map(str, record))}")
+    field = pick(record, source.field, (*CHAT_FIELDS, "prompt"))
+    if field is None and source.field is not None:
+        raise UserError(f"{place}: no {source.field} among the keys {', '.join(map(str, record))}")
+    # A list of turns repeats the prompt (UltraFeedback's files do so), beside whatever `prompt` says.
+    lists = all(isinstance(record[key], list) for key in ANSWERS)
+    prompt: Messages = [] if field is None or lists else _turns(record[field], "user", f"{place} {field}")
+    pair = tuple(prompt + _turns(record[key], "assistant", f"{place} {key}") for key in ANSWERS)
+    for key, messages in zip(ANSWERS, pair):
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise UserError(f"{place} {key}: expected a prompt and then the assistant's answer")
+    if pair[0][:-1] != pair[1][:-1]:
+        raise UserError(f"{place}: chosen and rejected answer different prompts, so they cannot be compared")
+    return pair
+
+
+def _turns(value: object, role: str, where: str) -> Messages:
+    if isinstance(value, str):
+        value = {"role": role, "content": value}
+    return read_turns([value] if isinstance(value, dict) else value, where)
+
+
+def num_pairs(sequences: Many[Sequence]) -> int:
+    """Pairs in these packed sequences: every conversation has a target, padding has none."""
+    pieces = [np.logical_or.reduceat(s.targets != IGNORED, s.cu_seqlens[:-1]) for s in sequences]
+    return int(sum(found.sum() for found in pieces)) // 2
+
+
+def pair_sums(values: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per pair the sum of `values` (1, N) over the chosen and over the rejected conversation, each (pairs).
+
+    `values` is zero where there is no target. Conversations alternate in a batch, chosen first.
+    """
+    sizes = batch.cu_seqlens.diff().tolist()
+    valid = (batch.targets != IGNORED)[0].split(sizes)
+    sums = [piece.sum() for piece, is_target in zip(values[0].split(sizes), valid) if is_target.any()]
+    return torch.stack(sums[0::2]), torch.stack(sums[1::2])
