@@ -50,6 +50,7 @@ def calibrate(
     settings = settings or Settings.for_device(teacher.device)
     if settings.sequential is None:
         settings = replace(settings, sequential=_has_new_windows(teacher.config, student.config))
+    _own_outputs(teacher, student)
     start = time.monotonic()
     tokens = tokens.to(teacher.device)
     store = _Store(Path(folder), _fingerprint(teacher, student, tokens, settings)) if folder is not None else None
@@ -170,6 +171,17 @@ def _set_gates(mixer: DeltaMixer, weight: torch.Tensor, bias: torch.Tensor) -> N
     if mixer.config.skip_taps:
         mixer.skip_proj.weight.copy_(weight[:, first:].flatten(0, 1))
         mixer.skip_proj.bias.copy_(bias[:, first:].flatten())
+
+
+def _own_outputs(teacher, student) -> None:
+    """A student may share its teacher's tensors to save memory; what is fitted must not be shared."""
+    for block, original in zip(student.model.layers, teacher.model.layers):
+        shared = original.self_attn.o_proj.weight
+        if block.layer_type == LINEAR and block.self_attn.o_proj.weight.data_ptr() == shared.data_ptr():
+            block.self_attn.o_proj.weight = torch.nn.Parameter(shared.detach().clone())
+            bias = original.self_attn.o_proj.bias
+            if bias is not None:
+                block.self_attn.o_proj.bias = torch.nn.Parameter(bias.detach().clone())
 
 
 def _has_new_windows(teacher, student) -> bool:

@@ -19,6 +19,7 @@ from deltanet.errors import UserError
 from deltanet.modeling import CACHE
 
 HELD_OUT_SHARE = 0.1
+MOST_TOKENS = 32768
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -40,18 +41,21 @@ def calibration_text(
     tokenizer,
     teacher,
     *,
-    tokens: int = 32768,
-    held_out_tokens: int = 8192,
+    tokens: int | None = None,
+    held_out_tokens: int = 4096,
     length: int = 1024,
     seed: int = 0,
     advance: Callable[[float], None] | None = None,
 ) -> CalibrationText:
-    """About `tokens` tokens from `sources` (files or `self`) and up to `held_out_tokens` set aside.
+    """About `tokens` tokens (None: `enough_tokens` of the teacher) from `sources`, files or `self`, and up to
+    `held_out_tokens` set aside.
 
     Without `held_out` (a file) the last tenth of every source is set aside. A short source gives what it has. The
     teacher is needed for `self` only; `advance` is told the number of tokens it has written. Raises UserError for an
     unreadable file, or one with too little text for a single window.
     """
+    if tokens is None:
+        tokens = MOST_TOKENS if teacher is None else enough_tokens(teacher.config)
     length = min(length, teacher.config.max_position_embeddings) if teacher is not None else length
     share = max(-(-tokens // (length * len(sources))), 1)
     aside = max(held_out_tokens // (length * (1 if held_out else len(sources))), 1)
@@ -76,6 +80,11 @@ def calibration_text(
             raise UserError(f"--held-out {held_out}: the source has no tokenizer")
         kept = [tokenise(tokenizer, read_documents(held_out), aside, length, held_out)]
     return CalibrationText(torch.cat(fit), torch.cat(kept) if kept else fit[0].new_zeros(0, length))
+
+
+def enough_tokens(config) -> int:
+    """How much text to calibrate a model of this size with: a layer has some D^2 numbers to fit (D hidden size)."""
+    return max(4096, min(MOST_TOKENS, config.hidden_size**2 // 8))
 
 
 def read_documents(path: str | Path) -> list[Document]:

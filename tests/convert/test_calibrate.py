@@ -6,6 +6,7 @@ from demo_pair import demo_teacher, demo_windows, divergence, fresh_student
 
 from convert.calibrate import calibrate
 from convert.calibration import Settings
+from convert.loading import student_from_teacher
 from deltanet import UserError
 
 FAST = Settings(half_lives=(4, 16, 64), betas=(0.05, 0.3), sweeps=1, search_windows=3, search_length=96)
@@ -83,6 +84,14 @@ def test_only_new_tensors_and_output_projections_of_linear_layers_change(teacher
 
 
 def test_the_teacher_is_left_alone(teacher, calibrated):
+    fresh = demo_teacher().state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_a_student_that_shares_its_teachers_tensors_does_not_change_them(teacher, windows, calibrated):
+    student = student_from_teacher(teacher, calibrated[0].config, share=True)
+    calibrate(teacher, student, windows[0], FAST)
+    assert all(torch.equal(tensor, calibrated[0].state_dict()[name]) for name, tensor in student.state_dict().items())
     fresh = demo_teacher().state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in teacher.state_dict().items())
 

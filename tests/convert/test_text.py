@@ -8,8 +8,16 @@ import torch
 from demo_pair import DEMO, demo_teacher
 from transformers import AutoTokenizer
 
-from convert.text import calibration_text, document_start, read_documents, set_aside, tokenise, write_text
-from deltanet import UserError
+from convert.text import (
+    calibration_text,
+    document_start,
+    enough_tokens,
+    read_documents,
+    set_aside,
+    tokenise,
+    write_text,
+)
+from deltanet import DeltaNetConfig, UserError
 
 CHAT = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A fox."}]
 
@@ -177,6 +185,11 @@ def test_the_teachers_own_text_is_set_aside_by_whole_rows(teacher, tokenizer):
     assert text.fit.shape == (4, 32)
     assert text.held_out.shape == (2, 32)
     assert not any(torch.equal(a, b) for a in text.fit for b in text.held_out)
+
+
+@pytest.mark.parametrize(("hidden", "tokens"), [(64, 4096), (192, 4608), (512, 32768), (4096, 32768)])
+def test_a_larger_model_gets_more_text_up_to_a_limit(hidden, tokens):
+    assert enough_tokens(DeltaNetConfig(hidden_size=hidden)) == tokens
 
 
 @pytest.mark.parametrize(("source", "message"), [("self", "needs a teacher"), ("story.txt", "no tokenizer")])
