@@ -17,7 +17,7 @@ import numpy as np
 from deltanet.errors import UserError
 
 from .order import permutation
-from .packing import Packing, Sequence, assemble, pack_best_fit, pack_wrapped, with_repeats
+from .packing import Packing, Sequence, assemble, pack_best_fit, pack_single, pack_wrapped, with_repeats
 from .token_cache import Tokens
 
 BLOCK = 1024  # sequences; weights are exact to one in this many
@@ -104,15 +104,14 @@ class Corpus:
         pad_id: int = 0,
     ):
         """`packing` is for texts; chats are never cut by it and always packed best_fit, after `too_long` (cut or drop)
-        has dealt with those over seq_len. Raises UserError for a source without a sequence or without a target, and
-        for a weight below one in BLOCK."""
+        has dealt with those over seq_len; `single` packs nothing. Raises UserError for a source without a sequence or
+        without a target, and for a weight below one in BLOCK."""
         self.seq_len, self.key, self.repeats, self.pad_id = seq_len, tuple(key), repeats, pad_id
         self.packing = packing
         prepared = [_fit(part, seq_len, too_long) for part in parts]
         self.parts = [part for part, _ in prepared]
-        self._fixed = [
-            None if self._is_wrapped(part) else pack_best_fit(part.stop - part.start, seq_len) for part in self.parts
-        ]
+        pack = pack_single if packing == "single" else pack_best_fit
+        self._fixed = [None if self._is_wrapped(part) else pack(part.stop - part.start, seq_len) for part in self.parts]
         self.sizes = [
             -(-part.num_tokens // seq_len) if fixed is None else len(fixed)
             for part, fixed in zip(self.parts, self._fixed)

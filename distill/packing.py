@@ -1,7 +1,7 @@
 """Documents into sequences of one length, as pure functions of their lengths; and one sequence as tensors.
 
 `wrapped` lays documents end to end and cuts every seq_len tokens: nothing is lost, but documents are cut. `best_fit`
-keeps a document of at most seq_len tokens whole and fills the rest with padding. In both, a piece never sees another:
+keeps a document of at most seq_len tokens whole and fills the rest with padding. In all, a piece never sees another:
 positions restart, `cu_seqlens` separates them, and no target crosses. Twin: tests/distill/test_packing.py.
 """
 
@@ -87,6 +87,12 @@ def pack_best_fit(lengths: np.ndarray, seq_len: int) -> Packing:
     order = np.array([piece for pieces in bins for piece in pieces], np.int64)
     first = np.cumsum([0, *map(len, bins)]).astype(np.int64)
     return Packing(seq_len, document[order], start[order], stop[order], first)
+
+
+def pack_single(lengths: np.ndarray, seq_len: int) -> Packing:
+    """Every document a sequence of its own, cut at seq_len."""
+    count = np.arange(len(lengths) + 1, dtype=np.int64)
+    return Packing(seq_len, count[:-1], np.zeros(len(lengths), np.int64), np.minimum(lengths, seq_len), count)
 
 
 @dataclass(frozen=True)

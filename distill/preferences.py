@@ -4,12 +4,15 @@ In a token cache the two stand one after the other, chosen first, and from there
 held out, packed and dropped as a whole, so no packing can part or mix it. Twin: tests/distill/test_preferences.py.
 """
 
+import os
+import shutil
 from collections.abc import Sequence as Many
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from deltanet.errors import UserError
+from deltanet.errors import DeltanetError, UserError
 
 from .batch import Batch
 from .documents import CHAT_FIELDS, Messages, pick, read_turns
@@ -66,3 +69,18 @@ def pair_sums(values: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.T
     valid = (batch.targets != IGNORED)[0].split(sizes)
     sums = [piece.sum() for piece, is_target in zip(values[0].split(sizes), valid) if is_target.any()]
     return torch.stack(sums[0::2]), torch.stack(sums[1::2])
+
+
+def keep_reference(start: Path, folder: Path, goes_on: bool) -> None:
+    """Copies the student in `start` to `folder` at the start of a stage, whole or not at all, and leaves it there.
+
+    Raises DeltanetError where the stage goes on (its start is gone) and the copy is not there.
+    """
+    if folder.is_dir():
+        return
+    if goes_on:
+        raise DeltanetError(f"{folder}: gone, so the stage cannot go on as it was; restore it")
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(start, temporary)
+    os.replace(temporary, folder)

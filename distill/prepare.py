@@ -12,6 +12,7 @@ from deltanet.errors import UserError
 
 from .data import Corpus, Part, Report, chosen, split, whole
 from .engine import World
+from .onpolicy import prompt_corpus
 from .packing import Sequence
 from .recipe import stage_sources
 from .schedules import Schedule
@@ -123,16 +124,23 @@ def plan_stages(recipe: Recipe, prepared: Prepared) -> list[StagePlan]:
         weights = {source.name: source.weight for source in recipe.data.sources}
         seq_len = stage.seq_len or recipe.data.seq_len
         batch_size = stage.batch_size or recipe.training.batch_size
-        corpus = Corpus(
-            [prepared.train[name] for name in names],
-            seq_len=seq_len,
-            key=(recipe.data.seed, index),
-            weights=None if weights[names[0]] is None else [weights[name] for name in names],
-            packing=recipe.data.packing,
-            too_long=recipe.data.too_long,
-            repeats=recipe.data.repeats,
-            pad_id=prepared.pad_id,
-        )
+        parts = [prepared.train[name] for name in names]
+        order = {
+            "key": (recipe.data.seed, index),
+            "weights": None if weights[names[0]] is None else [weights[name] for name in names],
+        }
+        if stage.kind == "onpolicy":
+            corpus = prompt_corpus(parts, stage, seq_len, **order)
+        else:
+            corpus = Corpus(
+                parts,
+                seq_len=seq_len,
+                packing=recipe.data.packing,
+                too_long=recipe.data.too_long,
+                repeats=recipe.data.repeats,
+                pad_id=prepared.pad_id,
+                **order,
+            )
         steps = stage.steps or math.ceil(stage.tokens / (batch_size * seq_len))
         micro = stage.micro_batch_size or recipe.training.micro_batch_size
         plans.append(StagePlan(index, stage, steps, batch_size, micro, seq_len, corpus))

@@ -281,6 +281,12 @@ def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> typing.It
                 f"allowed: {', '.join(allowed)}"  # fmt: skip
     if not stage.losses:
         yield (*path, "losses"), "no loss to train on"
+    if stage.kind == "onpolicy" and recipe.deepspeed.stage == 3:
+        yield (*path, "kind"), "an onpolicy stage runs under deepspeed.stage 0, 1 or 2: under 3 each token that the " \
+            "student writes would gather all its parameters"  # fmt: skip
+    seq_len = stage.seq_len or recipe.data.seq_len
+    if stage.kind == "onpolicy" and stage.completion_tokens >= seq_len:
+        yield (*path, "completion_tokens"), f"{stage.completion_tokens} leaves no room for a prompt in {seq_len} tokens"
     if stage.kind == "dpo" and len(stage.losses) > 1:
         yield (*path, "losses"), f"a dpo stage has one loss, not {len(stage.losses)}"
     readable = [source.name for source in recipe.data.sources if _reads(stage, source)]

@@ -15,7 +15,6 @@ are the same thing. Twins: tests/distill/test_run.py, tests/fault/test_kill.py.
 import contextlib
 import gc
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -28,7 +27,7 @@ from convert.command import convert, load_tokenizer
 from convert.loading import load_teacher
 from convert.sources import open_source
 from deltanet import DeltaNetForCausalLM, load_student
-from deltanet.errors import DeltanetError, Interrupted, UserError
+from deltanet.errors import Interrupted, UserError
 
 from .commit import Commit, drop_newer, locked, newest_commit, verify, write_commit
 from .engine import Engine, EngineSettings, World, start_world
@@ -37,6 +36,8 @@ from .export import export
 from .interrupts import Interrupts
 from .loop import Job, Rim, positions_of, train
 from .metrics import MetricsLog, read_metrics, trackers
+from .onpolicy import Completions
+from .preferences import keep_reference
 from .prepare import Prepared, StagePlan, held_out_sequences, once, plan_stages, prepare
 from .recipe import load_recipe, show
 from .records import check_recipe_unchanged, write_records
@@ -99,6 +100,7 @@ class _Run:
         self.vocab_size = min(vocab_size, len(tokenizer))
         stop_ids = self.teacher.config.eos_token_id
         stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
+        self.stop_ids = {*stop_ids, tokenizer.eos_token_id} - {None}
         prepared = prepare(
             self.recipe,
             tokenizer,
@@ -217,6 +219,18 @@ class _Run:
             load_moments(commit.folder, engine, marks.updates)
         first = 0 if marks is None else marks.step
         before = sum(other.num_steps for other in self.plans[: plan.index])
+        sequence = plan.corpus.__getitem__
+        if stage.kind == "onpolicy":
+            sequence = Completions(
+                student,
+                plan.corpus,
+                stage,
+                key=(training.seed, plan.index),
+                stop_ids=self.stop_ids,
+                vocab_size=self.vocab_size,
+                micro_batch_size=plan.micro_batch_size,
+                compute=engine.compute,
+            )
         made: list[Commit] = []
 
         def save(step: int) -> None:
@@ -247,7 +261,7 @@ class _Run:
             batch_size=plan.batch_size,
             micro_batch_size=plan.micro_batch_size,
             schedule=plan.schedule,
-            sequence=plan.corpus.__getitem__,
+            sequence=sequence,
             seed=training.seed,
             log_every=self.recipe.logging.every_steps,
             commit_every_steps=training.commit_every_steps,
@@ -276,18 +290,7 @@ class _Run:
     def _reference(self, plan: StagePlan, start: Path, goes_on: bool) -> DeltaNetForCausalLM:
         """The student at the start of the stage, frozen. Kept in the run, since commits that old are not."""
         folder = self.folder / "references" / plan.stage.name
-
-        def keep() -> None:
-            if folder.is_dir():
-                return
-            if goes_on:
-                raise DeltanetError(f"{folder}: gone, so stage {plan.stage.name} cannot go on; restore it")
-            temporary = folder.with_name(f"{folder.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(start, temporary)
-            os.replace(temporary, folder)
-
-        once(self.world, keep)
+        once(self.world, lambda: keep_reference(start, folder, goes_on))
         dtype = torch.bfloat16 if self.settings.casts_parameters else torch.float32
         return load_student(folder, dtype=dtype, device=self.world.device).requires_grad_(False)
 

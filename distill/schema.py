@@ -83,7 +83,15 @@ class Data(Section):
 
 
 KINDS = ("calibrate", "align", "distil", "long", "sft", "dpo", "onpolicy", "pretrain", "convert_step")
-READY = ("align", "distil", "long", "sft", "dpo", "pretrain")  # the others are refused when a recipe is loaded
+READY = (
+    "align",
+    "distil",
+    "long",
+    "sft",
+    "dpo",
+    "onpolicy",
+    "pretrain",
+)  # the others are refused when a recipe is loaded
 _TOKEN_LOSSES = ("forward_kl", "reverse_kl", "jsd", "ce", "hidden_cosine", "hidden_mse", "layer_cosine")
 LOSSES_OF = {
     "align": ("mixer_l2", "mixer_mse", "mixer_cosine"),
@@ -91,6 +99,7 @@ LOSSES_OF = {
     "long": _TOKEN_LOSSES,
     "sft": _TOKEN_LOSSES,
     "dpo": ("dpo",),
+    "onpolicy": ("forward_kl", "reverse_kl", "jsd"),
     "pretrain": ("ce", "layer_cosine"),
 }
 # What published conversions agree on: align the mixers alone at 1e-3 (RADLADS, arXiv 2505.03005; HALO, 2601.22156),
@@ -101,6 +110,7 @@ DEFAULTS_OF = {
     "long": {"trainable": ["all"], "lr": 1e-5, "losses": [{"name": "forward_kl"}]},
     "sft": {"trainable": ["all"], "lr": 1e-5, "losses": [{"name": "ce"}]},
     "dpo": {"trainable": ["all"], "lr": 5e-7, "losses": [{"name": "dpo", "beta": 0.1}]},
+    "onpolicy": {"trainable": ["all"], "lr": 1e-5, "losses": [{"name": "reverse_kl"}]},
     "pretrain": {"trainable": ["all"], "lr": 1e-3, "losses": [{"name": "ce"}]},
 }
 
@@ -135,6 +145,8 @@ class Stage(Section):
     losses: Many[Loss] = ()
     sources: Many[str] = Field((), description="names of data.sources; () is all that the kind can read")
     seq_len: int | None = Field(None, ge=2, description="instead of data.seq_len")
+    prompt_tokens: int = Field(32, gt=0, description="of onpolicy: how much of a text is the prompt; chats say it")
+    completion_tokens: int = Field(128, gt=0, description="of onpolicy: the most that the student writes after it")
     batch_size: int | None = Field(None, gt=0, description="instead of training.batch_size")
     micro_batch_size: int | None = Field(None, gt=0, description="instead of training.micro_batch_size")
 

@@ -1,8 +1,8 @@
 """A source tokenised once: memory-mapped ids on disk, under a name that is the digest of everything that made them.
 
-The folder NAME holds ids.bin (uint16 or uint32), bounds.bin (int64: where documents begin, and the end), but for texts
-marks.bin (uint8: 1 where a token is supervised) and facts.json with the counts and the sizes of the files. It appears
-by one rename when complete; one process at a time makes it. Twin: tests/distill/test_data.py.
+The folder NAME holds ids.bin (uint16 or uint32), bounds.bin (int64: where documents begin, and the end), unless
+they are texts marks.bin (uint8: 1 where a token is supervised), and facts.json with the counts and the sizes of the
+files. It appears by one rename when complete; one process at a time makes it. Twin: tests/distill/test_data.py.
 """
 
 import contextlib
