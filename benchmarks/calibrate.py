@@ -1,7 +1,7 @@
 """Measures the closed-form calibration: how close students start, per layout, and what each ingredient is worth.
 
-    python benchmarks/calibrate.py TEACHER --calibrate TEXT ... --measure TEXT ... --table goals
-    python benchmarks/calibrate.py TEACHER --calibrate self --measure TEXT ... --table ablation --layouts none
+    python -m benchmarks.calibrate TEACHER --calibrate TEXT ... --measure TEXT ... --table goals
+    python -m benchmarks.calibrate TEACHER --calibrate self --measure TEXT ... --table ablation --layouts none
 
 Every row is a fresh student, calibrated and measured on the first windows of every --measure file: its perplexity over
 the teacher's on the same tokens / mean KL(teacher || student) in nats. Results so far: docs/results/calibration.md.

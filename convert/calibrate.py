@@ -49,7 +49,7 @@ def calibrate(
     _check(teacher, student, tokens)
     settings = settings or Settings.for_device(teacher.device)
     if settings.sequential is None:
-        settings = replace(settings, sequential=_has_new_windows(teacher.config, student.config))
+        settings = replace(settings, sequential=set(student.config.layer_types) != {LINEAR})
     _own_outputs(teacher, student)
     start = time.monotonic()
     tokens = tokens.to(teacher.device)
@@ -182,11 +182,6 @@ def _own_outputs(teacher, student) -> None:
             bias = original.self_attn.o_proj.bias
             if bias is not None:
                 block.self_attn.o_proj.bias = torch.nn.Parameter(bias.detach().clone())
-
-
-def _has_new_windows(teacher, student) -> bool:
-    pairs = zip(teacher.layer_types, student.layer_types)
-    return any(kind == "sliding_attention" and kind != before for before, kind in pairs)
 
 
 def _check(teacher, student, tokens) -> None:

@@ -19,7 +19,7 @@ class Settings:
     gate_ridge: penalty on the data-dependent part, in units of its mean squared feature.
     output_ridge: pull of the output projection towards the teacher's, in units of its mean squared feature.
     sequential: layers are fitted on the student's own stream; else on the teacher's, each by itself. None: where the
-        student has sliding attention that the teacher has not, whose errors only other layers can make good.
+        student keeps attention layers, which suffer most from the errors of the linear layers before them.
     catch_up: share of the error that earlier layers left in the student's stream which this layer is to make good.
     half_lives, betas: the coarse grid of the search, in tokens and as shares of the largest write strength.
     sweeps: rounds of coordinate descent after the grid.
