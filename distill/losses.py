@@ -122,6 +122,11 @@ def vocabulary_loss(
     if needs_teacher:
         teacher_hidden = teacher_hidden.reshape(-1, teacher_hidden.shape[-1]).detach()
         teacher_weight = teacher_weight.detach()
+    if torch.is_autocast_enabled(hidden.device.type):
+        low = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(low), weight.to(low)
+        if needs_teacher:
+            teacher_hidden, teacher_weight = teacher_hidden.to(low), teacher_weight.to(low)
     num_chunks = num_chunks_for(len(targets), vocab_size, chunk_tokens)
     scale = 1.0 / torch.as_tensor(num_valid, dtype=torch.float64, device=hidden.device).clamp(min=1)
     loss, parts = _Chunked.apply(

@@ -296,3 +296,22 @@ def test_logprobs_of_tokens_equal_log_softmax(chunk_tokens):
         torch.autograd.grad(expected @ direction, (hidden, weight)),
     ):
         near(left, right, 1e-12)
+
+
+def test_autocast_is_the_loss_of_inputs_rounded_to_its_type():
+    draw = torch.Generator().manual_seed(3)
+    hidden, teacher_hidden = torch.randn(2, 9, 8, generator=draw)
+    weight, teacher_weight = torch.randn(2, 13, 8, generator=draw)
+    targets = torch.arange(9)
+    results = []
+    for rounded in (False, True):
+        h, w = (x.clone().requires_grad_() for x in (hidden, weight))
+        given = [x.bfloat16() if rounded else x for x in (h, w, teacher_hidden, teacher_weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=not rounded):
+            loss, _ = vocabulary_loss(
+                given[0], given[1], targets, [Term("forward_kl")], 9, teacher_hidden=given[2], teacher_weight=given[3]
+            )
+        loss.backward()
+        results.append((loss, h.grad, w.grad))
+    assert results[0][1].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*results))
