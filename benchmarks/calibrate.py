@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--skip-conv", type=int, default=4)
     parser.add_argument("--effort", choices=EFFORTS, default="full")
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
-    parser.add_argument("--windows", type=int, default=32, help="windows of 1024 tokens measured per text")
+    parser.add_argument("--windows", type=int, default=32, help="windows of up to 1024 tokens measured per text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -95,7 +95,12 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.teacher)
     text = calibration_text(arguments.calibrate, None, tokenizer, teacher, tokens=arguments.tokens, seed=arguments.seed)
     measured = {Path(path).parent.name + "/" + Path(path).name: path for path in arguments.measure}
-    texts = {name: in_order(tokenizer, path, arguments.windows).to(arguments.device) for name, path in measured.items()}
+    length = min(1024, teacher.config.max_position_embeddings)
+    texts = {
+        name: tokenise(tokenizer, read_documents(path), arguments.windows, length, path, in_order=True)
+        for name, path in measured.items()
+    }
+    texts = {name: tokens.to(arguments.device) for name, tokens in texts.items()}
     judge = Judge(teacher, texts, batch=4)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}; torch {torch.__version__}; Python {platform.python_version()}; {text.fit.numel():,} tokens\n")
@@ -116,12 +121,6 @@ def main() -> None:
             seconds = f"{time.monotonic() - start:.1f}"
             scores = " | ".join(f"{times:.3f} ({kl:.3f})" for times, kl in judge(student).values())
             print(f"| {layout} | {what} | {seconds} | {explained} | {scores} |", flush=True)
-
-
-def in_order(tokenizer, path: str, windows: int) -> torch.Tensor:
-    """The first windows of 1024 tokens of a file, its documents one after another as they stand."""
-    documents = read_documents(path)
-    return tokenise(tokenizer, documents, windows, 1024, path, in_order=True)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def tokenise(
             document = documents[index]
             text = document if isinstance(document, str) else render_chat(tokenizer, document)
             # Twelve characters a token is generous for any language; tokenising a whole book for its start is slow.
-            row = tokenizer(text[: most * 12], add_special_tokens=False)["input_ids"][:most]
+            row = tokenizer(text[: most * 12], add_special_tokens=False, verbose=False)["input_ids"][:most]
             ids += ([] if start is None or not isinstance(document, str) else [start]) + row
         if len(ids) >= needed or most == needed:
             break
