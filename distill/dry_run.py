@@ -4,6 +4,7 @@ Memory is counted, not measured: parameters, gradients, float32 masters and two 
 rest and the teacher; activations, buffers and the chunk of logits come on top. Twin: tests/distill/test_dry_run.py.
 """
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from convert.sources import open_source
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.errors import UserError
 
+from .convert_step import config_after
 from .engine import World
 from .prepare import StagePlan, plan_stages, prepare
 from .schema import Recipe
@@ -49,9 +51,9 @@ def describe(recipe: Recipe, cache: Path) -> str:
     held = sum(part.num_tokens for part in prepared.held_out)
     lines.append(f"held out: {held:,} tokens")
     lines.append("\nstage         kind        steps  batch x length      tokens    epochs    trained")
-    for plan in plans:
-        lines.append(_stage_line(plan, config))
-    lines.append(_memory(recipe, plans, config, teacher))
+    configs = list(itertools.accumulate(plans, lambda before, plan: config_after(plan.stage, before), initial=config))
+    lines += [_stage_line(plan, after) for plan, after in zip(plans, configs[1:])]
+    lines.append(_memory(recipe, list(zip(plans, configs[1:])), teacher))
     return "\n".join(lines)
 
 
@@ -87,6 +89,8 @@ def _count(config: DeltaNetConfig) -> int:
 
 
 def _trained(plan: StagePlan, config: DeltaNetConfig) -> int:
+    if plan.stage.kind == "convert_step":
+        return 0
     parameters = _parameters(config)
     names = trained_names(list(parameters), plan.stage, config)
     parameter_groups({name: parameters[name] for name in names}, plan.stage, config)
@@ -95,15 +99,18 @@ def _trained(plan: StagePlan, config: DeltaNetConfig) -> int:
 
 def _stage_line(plan: StagePlan, config: DeltaNetConfig) -> str:
     epochs = plan.num_steps * plan.batch_size / len(plan.corpus)
+    if plan.stage.kind == "convert_step":
+        linear = config.layer_types.count("linear_attention")
+        return f"{plan.stage.name:<14}convert_step: {linear} of {len(config.layer_types)} layers linear from here on"
     return (
         f"{plan.stage.name:<14}{plan.stage.kind:<10}{plan.num_steps:>7,}  {plan.batch_size:>6} x {plan.seq_len:<6,}"
         f"{plan.num_tokens:>12,}{epochs:>10.2f}{_trained(plan, config) / 1e6:>9,.1f} M"
     )
 
 
-def _memory(recipe: Recipe, plans: list[StagePlan], config: DeltaNetConfig, teacher: DeltaNetConfig) -> str:
+def _memory(recipe: Recipe, stages: list[tuple[StagePlan, DeltaNetConfig]], teacher: DeltaNetConfig) -> str:
     """Gigabytes of one process, of 1 and of 8, for the stage that trains most."""
-    trained = max(_trained(plan, config) for plan in plans)
+    trained, config = max(((_trained(plan, config), config) for plan, config in stages), key=lambda pair: pair[0])
     frozen, other = _count(config) - trained, _count(teacher)
     low = recipe.training.dtype == "bfloat16"
     lines = [

@@ -46,7 +46,8 @@ class StagePlan:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_steps * self.batch_size * self.seq_len
+        is_step = self.stage.kind == "convert_step"
+        return self.stage.tokens if is_step else self.num_steps * self.batch_size * self.seq_len
 
     @property
     def schedule(self) -> Schedule:
@@ -142,6 +143,7 @@ def plan_stages(recipe: Recipe, prepared: Prepared) -> list[StagePlan]:
                 **order,
             )
         steps = stage.steps or math.ceil(stage.tokens / (batch_size * seq_len))
+        steps = 1 if stage.kind == "convert_step" else steps  # a commit of its own
         micro = stage.micro_batch_size or recipe.training.micro_batch_size
         plans.append(StagePlan(index, stage, steps, batch_size, micro, seq_len, corpus))
     return plans

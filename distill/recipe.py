@@ -272,14 +272,19 @@ def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> typing.It
     if stage.kind not in READY:
         yield (*path, "kind"), f"{stage.kind!r} stages do not run yet; these do: {', '.join(READY)}"
         return
-    if (stage.steps is None) == (stage.tokens is None):
+    if (stage.kind == "convert_step") == (stage.hybrid is None):
+        what = "say which layers keep attention" if stage.hybrid is None else "only a convert_step stage has it"
+        yield (*path, "hybrid"), what
+    if stage.kind == "convert_step" and stage.steps is not None:
+        yield (*path, "steps"), "a convert_step stage has none: it fits on `tokens:`, and trains nothing"
+    elif (stage.steps is None) == (stage.tokens is None):
         yield path, "say `steps:` or `tokens:`, one of them"
     for index, loss in enumerate(stage.losses):
         allowed = LOSSES_OF[stage.kind]
         if loss.name not in allowed:
             yield (*path, "losses", index, "name"), f"{loss.name!r} is no loss of a {stage.kind} stage; " \
                 f"allowed: {', '.join(allowed)}"  # fmt: skip
-    if not stage.losses:
+    if not stage.losses and stage.kind != "convert_step":
         yield (*path, "losses"), "no loss to train on"
     if stage.kind == "onpolicy" and recipe.deepspeed.stage == 3:
         yield (*path, "kind"), "an onpolicy stage runs under deepspeed.stage 0, 1 or 2: under 3 each token that the " \

@@ -15,6 +15,7 @@ are the same thing. Twins: tests/distill/test_run.py, tests/fault/test_kill.py.
 import contextlib
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -26,10 +27,12 @@ import transformers
 from convert.command import convert, load_tokenizer
 from convert.loading import load_teacher
 from convert.sources import open_source
-from deltanet import DeltaNetForCausalLM, load_student
+from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
 from deltanet.errors import Interrupted, UserError
 
+from . import lora
 from .commit import Commit, drop_newer, locked, newest_commit, verify, write_commit
+from .convert_step import Untrained, config_after, convert_more, windows
 from .engine import Engine, EngineSettings, World, start_world
 from .evaluate import compare, mean_parts
 from .export import export
@@ -44,7 +47,7 @@ from .records import check_recipe_unchanged, write_records
 from .report import sample, write_report
 from .schema import Recipe, Source
 from .stages import PREFIX, Align, Dpo, Whole, needs_teacher, share_frozen
-from .state import STUDENT, Marks, load_moments, write_state
+from .state import STUDENT, Marks, load_adapters, load_moments, write_state
 from .teacher_text import written_source
 from .trainable import parameter_groups, trained_names
 
@@ -90,6 +93,7 @@ class _Run:
         once(self.world, lambda: check_recipe_unchanged(self.folder, self.recipe))
         commit = once(self.world, lambda: self._find_commit(resume))
         self.start = self._student_folder()
+        once(self.world, self._check_steps)
         self._check_interrupted("nothing was trained yet")
         tokenizer = load_tokenizer(self.teacher_folder)
         if tokenizer is None:
@@ -176,6 +180,11 @@ class _Run:
         teacher = load_teacher(self.teacher_folder, names.get(self.recipe.teacher.dtype, dtype))
         return teacher.requires_grad_(False).to(self.world.device)
 
+    def _check_steps(self) -> None:
+        config = DeltaNetConfig.from_pretrained(self.start)
+        for stage in self.recipe.stages:
+            config = config_after(stage, config)
+
     def _write_records(self, prepared: Prepared) -> None:
         write_records(self.folder, self.recipe, self.teacher_folder, self.start, prepared, self.plans, self.world)
 
@@ -200,15 +209,22 @@ class _Run:
     ) -> Commit:
         """Trains one stage from the student in `folder`, and from the moments of `commit` if it goes on."""
         stage, training = plan.stage, self.recipe.training
+        if stage.kind == "convert_step":
+            return self._convert_more(plan, folder, results)
         student = load_student(folder, dtype=torch.float32)
         names = set(trained_names([name for name, _ in student.named_parameters()], stage, student.config))
+        matrices = lora.adapted(names, stage) if stage.lora else set()
         for name, parameter in student.named_parameters():
-            parameter.requires_grad_(name in names)
+            parameter.requires_grad_(name in names - matrices)
         if self.settings.zero_stage < 3:
             share_frozen(student, self.teacher)
+        if stage.lora:
+            lora.adapt(student, matrices, stage, training.seed + plan.index)
+            if commit is not None:
+                load_adapters(commit.folder, student)
         module = self._module(plan, student, folder, commit is not None)
         trained = {n.removeprefix(PREFIX): p for n, p in module.named_parameters() if p.requires_grad}
-        if missing := sorted(names - trained.keys()):
+        if missing := sorted(names - matrices - trained.keys()):
             raise UserError(
                 f"stages.{stage.name}.trainable: an {stage.kind} stage cannot train {missing[0]}; allowed: mixers"
             )
@@ -239,7 +255,14 @@ class _Run:
                 write_commit(
                     self.commits,
                     before + step,
-                    lambda target: write_state(target, engine, student, self.world),
+                    lambda target: write_state(
+                        target,
+                        engine,
+                        student,
+                        self.world,
+                        adapter_scale=lora.scale_of(stage) if stage.lora else None,
+                        is_last=step == plan.num_steps,
+                    ),
                     {"marks": asdict(position), "results": results},
                     keep=training.keep_commits,
                     ranks=self.world,
@@ -273,6 +296,29 @@ class _Run:
         train(engine, job, Rim(save, measure, self.log, self.interrupts))
         engine.close()
         return made[0]
+
+    def _convert_more(self, plan: StagePlan, start: Path, results: list[dict]) -> Commit:
+        """A stage that trains nothing, but makes more layers linear. It is one step, so that it has its commit."""
+        stage, training, out = plan.stage, self.recipe.training, self.folder / "steps" / plan.stage.name
+
+        def convert() -> None:
+            teacher = load_teacher(self.teacher_folder, torch.float32).to(self.world.device)
+            new = convert_more(start, out, teacher, stage, windows(plan.corpus, stage.tokens))
+            _say(f"{stage.name}: layers {', '.join(map(str, new))} are linear now")
+
+        once(self.world, convert)
+        student = load_student(out, dtype=torch.float32)
+        made = write_commit(
+            self.commits,
+            sum(other.num_steps for other in self.plans[: plan.index]) + 1,
+            lambda target: write_state(target, Untrained(), student, self.world),
+            {"marks": asdict(Marks(plan.index, stage.name, 1, 0, self.world.size)), "results": results},
+            keep=training.keep_commits,
+            ranks=self.world,
+            report=_say,
+        )
+        once(self.world, lambda: shutil.rmtree(out, ignore_errors=True))
+        return made
 
     def _module(self, plan: StagePlan, student: DeltaNetForCausalLM, start: Path, goes_on: bool) -> Align | Whole:
         training, stage = self.recipe.training, plan.stage

@@ -91,6 +91,7 @@ READY = (
     "dpo",
     "onpolicy",
     "pretrain",
+    "convert_step",
 )  # the others are refused when a recipe is loaded
 _TOKEN_LOSSES = ("forward_kl", "reverse_kl", "jsd", "ce", "hidden_cosine", "hidden_mse", "layer_cosine")
 LOSSES_OF = {
@@ -101,6 +102,7 @@ LOSSES_OF = {
     "dpo": ("dpo",),
     "onpolicy": ("forward_kl", "reverse_kl", "jsd"),
     "pretrain": ("ce", "layer_cosine"),
+    "convert_step": (),
 }
 # What published conversions agree on: align the mixers alone at 1e-3 (RADLADS, arXiv 2505.03005; HALO, 2601.22156),
 # then train everything by forward KL at T = 1 and a rate of 1e-4 or less. Preferences: the rate of Zephyr (2310.16944).
@@ -112,6 +114,7 @@ DEFAULTS_OF = {
     "dpo": {"trainable": ["all"], "lr": 5e-7, "losses": [{"name": "dpo", "beta": 0.1}]},
     "onpolicy": {"trainable": ["all"], "lr": 1e-5, "losses": [{"name": "reverse_kl"}]},
     "pretrain": {"trainable": ["all"], "lr": 1e-3, "losses": [{"name": "ce"}]},
+    "convert_step": {"tokens": 32768},
 }
 
 
@@ -127,12 +130,19 @@ class Loss(Section):
     )
 
 
+class Lora(Section):
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
+    targets: Names = Field(("q_proj", "k_proj", "v_proj", "o_proj"), description="names of matrices; those trained only")
+
+
 class Stage(Section):
     name: str | None = Field(None, description="by default the kind, with a number where it repeats")
     kind: Literal[KINDS]
     steps: int | None = Field(None, gt=0, description="optimizer steps; or say tokens")
-    tokens: int | None = Field(None, gt=0, description="tokens to see, rounded up to whole steps; or say steps")
+    tokens: int | None = Field(None, gt=0, description="to see, rounded up to whole steps; of convert_step: to fit on")
     trainable: Names = Field(("all",), description="mixers, all, attention, or patterns of parameter names")
+    lora: Lora | None = Field(None, description="low-rank adapters on matrices of the set; the rest of it trains whole")
     lr: float = Field(1e-4, ge=0, description="peak learning rate")
     lr_groups: dict[str, Annotated[float, Field(ge=0)]] = Field({}, description="peak rate of a set or pattern")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -145,6 +155,7 @@ class Stage(Section):
     losses: Many[Loss] = ()
     sources: Many[str] = Field((), description="names of data.sources; () is all that the kind can read")
     seq_len: int | None = Field(None, ge=2, description="instead of data.seq_len")
+    hybrid: str | None = Field(None, description="of convert_step: which layers still keep attention after it")
     prompt_tokens: int = Field(32, gt=0, description="of onpolicy: how much of a text is the prompt; chats say it")
     completion_tokens: int = Field(128, gt=0, description="of onpolicy: the most that the student writes after it")
     batch_size: int | None = Field(None, gt=0, description="instead of training.batch_size")

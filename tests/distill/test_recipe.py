@@ -223,5 +223,5 @@ def test_every_kind_that_runs_has_losses_and_defaults_that_load():
     assert set(READY) == set(DEFAULTS_OF) == set(LOSSES_OF)
     assert set(READY) <= set(KINDS)
     for kind, defaults in DEFAULTS_OF.items():
-        stage = Stage(kind=kind, steps=1, **defaults)
+        stage = Stage(kind=kind, **({"steps": 1} | defaults))
         assert {loss.name for loss in stage.losses} <= set(LOSSES_OF[kind])
