@@ -64,24 +64,30 @@ def write_teacher(folder: Path, layers: int) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def copy(source: Path, target: Path, durable: bool) -> float:
-    start = time.perf_counter()
+def copy(source: Path, target: Path, durable: bool) -> tuple[float, float]:
+    """(seconds, CPU seconds)."""
+    start, busy = time.perf_counter(), time.process_time()
     shutil.copytree(source, target)
     if durable:
         for path in target.iterdir():
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
-def convert(source: Path, target: Path) -> tuple[float, dict]:
-    """(seconds of the whole process, its report)."""
-    program = "import cli, sys; sys.exit(cli.convert_main(sys.argv[1:]))"
-    options = [str(source), "-o", str(target), "--calibrate", "none", "--json"]
+def convert(source: Path, target: Path) -> dict:
+    """The report of a conversion in a process of its own, with `process` (seconds, start of Python included) and
+    `cpu` (CPU seconds of the conversion itself)."""
+    program = (
+        "import json, sys, time; from convert import convert; busy = time.process_time(); "
+        "report = convert(sys.argv[1], sys.argv[2], calibrate=['none']); "
+        "print(json.dumps(report | {'cpu': time.process_time() - busy}))"
+    )
+    command = [sys.executable, "-c", program, str(source), str(target)]
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program, *options], check=True, capture_output=True, text=True)
-    return time.perf_counter() - start, json.loads(done.stdout)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout) | {"process": time.perf_counter() - start}
 
 
 def main() -> None:
@@ -90,26 +96,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement; the median counts (default: 5)")
     parser.add_argument("--folder", help="where the temporary folder goes (default: the system's)")
     arguments = parser.parse_args()
-    seconds: dict[str, list[float]] = {}
+    rows: dict[str, list[tuple[float, float]]] = {"copy": [], "copy and sync": [], "convert": []}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         source, target = Path(folder, "teacher"), Path(folder, "copy")
         size = write_teacher(source, arguments.layers)
-        os.sync()
         for _ in range(arguments.rounds):
-            for name in ("copy", "copy and sync", "convert"):
-                if name == "convert":
-                    wall, report = convert(source, target)
-                    seconds.setdefault("convert", []).append(report["seconds"])
-                    seconds.setdefault("convert, whole process", []).append(wall)
-                else:
-                    seconds.setdefault(name, []).append(copy(source, target, durable=name != "copy"))
-                shutil.rmtree(target)
+            for name, row in rows.items():
                 os.sync()
-    print(f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__}, {size / 1e9:.2f} GB")
-    base = statistics.median(seconds["copy"])
-    for name, values in seconds.items():
-        middle = statistics.median(values)
-        print(f"{name:<24} {middle:6.2f} s ({min(values):.2f} to {max(values):.2f})  {middle / base:5.2f} x copy")
+                time.sleep(1)
+                if name == "convert":
+                    report = convert(source, target)
+                    row.append((report["seconds"], report["cpu"]))
+                else:
+                    row.append(copy(source, target, durable=name != "copy"))
+                shutil.rmtree(target)
+    load = os.getloadavg()[0]
+    print(f"{platform.machine()}, {os.cpu_count()} CPU cores, load {load:.1f}, torch {torch.__version__}")
+    base = statistics.median(wall for wall, _ in rows["copy"])
+    for name, row in rows.items():
+        walls, busy = [wall for wall, _ in row], statistics.median(cpu for _, cpu in row)
+        middle = statistics.median(walls)
+        print(
+            f"{name:<14} {middle:6.2f} s ({min(walls):.2f} to {max(walls):.2f})  {middle / base:5.2f} x copy, "
+            f"{busy:.2f} s of CPU"
+        )
+    print(f"{size / 1e9:.2f} GB; the last conversion with the start of Python: {report['process']:.2f} s")
     print(f"peak memory of the conversion: {report['peak_rss_mb']:.0f} MB; tensors: {report['tensors']}")
 
 
