@@ -34,10 +34,10 @@ def loss_scale(largest):
 
 
 @triton.jit
-def spanned(Xt, rq, rc, C: tl.constexpr):
+def spanned(Xt, rq, rc, DT: tl.constexpr):
     """For every token t, the sum of Xt[j, i] over j < t <= i: what the decay at t scales. Xt [C, C*GB], rq its tokens."""
     upto = tl.where(rq[:, None] >= rc[None, :], 1.0, 0.0)
-    sums = tl.dot(Xt, upto, input_precision="tf32x3")
+    sums = tl.dot(Xt, upto, input_precision="tf32x3" if DT == tl.float32 else "tf32")
     return tl.sum(tl.where(rc[:, None] < rc[None, :], sums, 0.0), 0)
 
 
@@ -49,31 +49,45 @@ def through_length(dYt, yt, inverse):
 
 
 @triton.jit
+def query_rows(
+    q, do, b, t, t1, T, h, H, at_v, sub, amplify,
+    C: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr,
+    BV: tl.constexpr, TMA: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """q of GB heads as it lies in memory, Q [C*GB, K] as an operand, and dO^T [V, C*GB]."""
+    q_rows = load_rows(q, b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA, False)
+    do_rows = load_rows(do, b, t, t1, T, h, H, at_v, sub, C, G, GB, V, BV, TMA, VARLEN)
+    return q_rows, unit_operand(q_rows, NORM, DT), tl.trans(operand(do_rows * amplify.to(do_rows.dtype), DT))
+
+
+@triton.jit
 def key_from_queries(dKt, gate, Pt, xt, dot, qt, bc, between_t, rq, rc, C: tl.constexpr, GATED: tl.constexpr):
     """Adds dP^T Q to dK^T [K, C], and the pairs' part of dg; Pt [C, C*GB] masked and decayed, xt [V, C], dot [V, C*GB]."""
     dPt = tl.where(rq[None, :] >= rc[:, None], mm(tl.trans(xt), dot) * bc[:, None], 0.0)
     if GATED:
-        gate += spanned(Pt * dPt, rq, rc, C)
+        gate += spanned(Pt * dPt, rq, rc, qt.dtype)
         dPt = dPt * between_t
     return mma(qt, tl.trans(dPt).to(qt.dtype), dKt), gate
 
 
 @triton.jit
-def key_from_keys(dKt, gate, kk, xt, dWt, kt, bc, gamma, rc, C: tl.constexpr, GATED: tl.constexpr):
-    """Adds (Z + Z^T) K to dK^T [K, C], and the pairs' part of dg; xt and dWt [V, C]."""
+def key_from_keys(dKt, gate, kk, xt, dRt, kt, bc, gamma, rc, C: tl.constexpr, GATED: tl.constexpr):
+    """Adds (Z + Z^T) K to dK^T [K, C], and the pairs' part of dg; xt and dRt [V, C]. Also dR_i . X_i, which is dbeta."""
     i = rc[:, None]
     j = rc[None, :]
-    Z = tl.where(i > j, mm(tl.trans(dWt), xt) * -bc[None, :], 0.0)
-    Z += tl.where(j > i, mm(tl.trans(xt), dWt) * -bc[:, None], 0.0)
+    M = mm(tl.trans(dRt), xt)
+    dbeta = tl.sum(tl.where(i == j, M, 0.0), 1)
+    Z = tl.where(i > j, M, 0.0) + tl.where(j > i, mm(tl.trans(xt), dRt), 0.0)
+    Z = Z * (bc[:, None] * -bc[None, :])
     if GATED:
         Z = Z * gamma
-        gate += spanned(tl.where(j > i, Z * kk, 0.0), rc, rc, C)
-    return mma(kt, Z.to(kt.dtype), dKt), gate
+        gate += spanned(tl.where(j > i, Z * kk, 0.0), rc, rc, kt.dtype)
+    return mma(kt, Z.to(kt.dtype), dKt), gate, dbeta
 
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads", "part"])
 def write_kernel(
-    q, k, x, beta, decays, do, dlast, ends, dv, dw, dq, dk, dbeta, dgate, dz, anchors, dfirst, cu, shift, largest, scale,
+    q, k, x, beta, decays, do, dlast, ends, dv, dr, dq, dk, dbeta, dgate, dz, anchors, dfirst, cu, shift, largest, scale,
     T, H, nseg, heads, part,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -82,7 +96,7 @@ def write_kernel(
 ):  # fmt: skip
     """Walk 1, from the last chunk to the first, dS^T [BV, KP] in registers. Grid (documents * H * V tiles, segments).
 
-    Reads q, k, x, beta, decays, do; writes dv and dw (the same before scaling, an operand of the other walks) unless
+    Reads q, k, x, beta, decays, do; writes dv and dr (dR, an operand of the other walks) unless
     None, and per V tile a part of dbeta; at a segment's start dS into `dfirst`.
     KEYS (one V tile): also what dS and the C x C matrices give of dk, unscaled into `dk`; with GATED, their parts of
     dg (`dgate`, `dz`), and dS every STEP tokens (`anchors`).
@@ -143,19 +157,10 @@ def write_kernel(
             dSt = dSt * (owed * tl.exp(total - a_first))
         else:
             dU = mm(dS16, kt16)
-        if KEYS:
-            dKt = mm(tl.trans(dS16), xt) * (bc * to_end if GATED else bc)[None, :]
-            gate = tl.zeros([C], tl.float32)
-            if GATED:
-                z = tl.sum(dKt * kt16.to(tl.float32), 0)
-        if WALK:
-            St = mma((xt.to(tl.float32) * -bc[None, :]).to(DT), k16, St)
-            S16 = tl.trans(St.to(DT))
         for sub in tl.static_range(G // GB):
-            q_rows = load_rows(q, b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA, False)
-            q16 = unit_operand(q_rows, NORM, DT)
-            do_rows = load_rows(do, b, t, t1, T, h, H, i_v * BV, sub, C, G, GB, V, BV, TMA, VARLEN)
-            dot16 = tl.trans(operand(do_rows * amplify.to(do_rows.dtype), DT))
+            q_rows, q16, dot16 = query_rows(
+                q, do, b, t, t1, T, h, H, i_v * BV, sub, amplify, C, G, GB, K, KP, V, BV, TMA, NORM, VARLEN, DT
+            )
             Pt = tl.where(rq[None, :] >= i, mm(k16, tl.trans(q16)), 0.0)
             if GATED:
                 Pt = Pt * between(a, aq)
@@ -164,15 +169,6 @@ def write_kernel(
                 dSt = mma((dot16.to(tl.float32) * tl.exp(aq - a_first)[None, :]).to(DT), q16, dSt)
             else:
                 dSt = mma(dot16, q16, dSt)
-            if KEYS:
-                lasting = between(a, aq) if GATED else 1.0
-                dKt, gate = key_from_queries(dKt, gate, Pt, xt, dot16, tl.trans(q16), bc, lasting, rq, rc, C, GATED)
-            if WALK:
-                dP = tl.where(rq[:, None] >= rc[None, :], mm(tl.trans(dot16), xt) * bc[None, :], 0.0)
-                dQt = mma(kt16, tl.trans(dP).to(DT), mm(S16, dot16))
-                if NORM:
-                    dQt = through_length(dQt, tl.trans(q16), inverse_length(q_rows))
-                store_rows(dq, tl.trans(dQt * restore_q), b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA_OUT)
         dR = mm(dU.to(DT), tl.trans(Dt).to(DT))
         dW = dR * bc[None, :]
         if GATED:
@@ -181,19 +177,42 @@ def write_kernel(
         else:
             dSt = mma((-dW).to(DT), k16, dSt)
         if not MAP:
-            dW16 = dW.to(DT)
+            token = row + (t + rc).to(tl.int64) * H
+            inside = t + rc < t1
             if dv is not None:
                 store_rows(dv, tl.trans(dW * restore), b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA_OUT)
-            if dw is not None:
-                store_rows(dw, tl.trans(dW16), b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA_OUT)
-            token = row + (t + rc).to(tl.int64) * H
-            at_part = wide(i_v) * part + token
-            inside = t + rc < t1
-            tl.store(dbeta + at_part, tl.sum(dR * xt.to(tl.float32), 0) * (restore / factor), mask=inside)
+            if dr is not None:
+                store_rows(dr, tl.trans(dR.to(DT)), b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA_OUT)
+            if not KEYS:
+                dbeta_c = tl.sum(dR * xt.to(tl.float32), 0)
         if KEYS:
-            dKt, gate = key_from_keys(dKt, gate, kk, xt, dW16, kt16, bc, gamma if GATED else 1.0, rc, C, GATED)
+            dR16 = dR.to(DT)
+            dKt = mm(tl.trans(dS16), xt) * (bc * to_end if GATED else bc)[None, :]
+            gate = tl.zeros([C], tl.float32)
+            if GATED:
+                z = tl.sum(dKt * kt16.to(tl.float32), 0)
             if WALK:
-                dKt -= mm(S16, dW16)
+                St = mma((xt.to(tl.float32) * -bc[None, :]).to(DT), k16, St)
+                S16 = tl.trans(St.to(DT))
+                dKt -= mm(S16, dR16) * bc[None, :]
+            for sub in tl.static_range(G // GB):
+                if G != GB:
+                    q_rows, q16, dot16 = query_rows(
+                        q, do, b, t, t1, T, h, H, i_v * BV, sub, amplify, C, G, GB, K, KP, V, BV, TMA, NORM, VARLEN, DT
+                    )
+                    if GATED:
+                        Pt = tl.where(rq[None, :] >= i, mm(k16, tl.trans(q16)), 0.0) * between(a, aq)
+                lasting = between(a, aq) if GATED else 1.0
+                dKt, gate = key_from_queries(dKt, gate, Pt, xt, dot16, tl.trans(q16), bc, lasting, rq, rc, C, GATED)
+                if WALK:
+                    dP = tl.where(rq[:, None] >= rc[None, :], mm(tl.trans(dot16), xt) * bc[None, :], 0.0)
+                    dQt = mma(kt16, tl.trans(dP).to(DT), mm(S16, dot16))
+                    if NORM:
+                        dQt = through_length(dQt, tl.trans(q16), inverse_length(q_rows))
+                    store_rows(dq, tl.trans(dQt * restore_q), b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA_OUT)
+            gamma_c = gamma if GATED else 1.0
+            dKt, gate, dbeta_c = key_from_keys(dKt, gate, kk, xt, dR16, kt16, bc, gamma_c, rc, C, GATED)
+            if WALK:
                 if NORM:
                     dKt = through_length(dKt, kt16, inverse_length(k_rows))
                 dKt = dKt * restore_q
@@ -206,6 +225,8 @@ def write_kernel(
                 if (chunks - 1 - n) % (STEP // C) == 0:
                     slot = anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP, VARLEN) + (t - t0) // STEP
                     tl.store(anchors + (slot * H + h) * K * V + rk * V + rv, dSt * owed, mask=in_state)
+        if not MAP:
+            tl.store(dbeta + wide(i_v) * part + token, dbeta_c * (restore / factor), mask=inside)
         bc = b_next.to(tl.float32)
         if GATED:
             a, aq, a_first, total = a_next, aq_next, first_next, total_next
@@ -227,13 +248,13 @@ def anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP: tl.constexpr, VARLEN: tl.cons
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "part"])
 def key_kernel(
-    q, k, k_full, q_full, x, beta, decays, do, dw, dlast, dk, dgate, dz, anchors, cu, largest, scale, T, H, nseg, part,
+    q, k, k_full, q_full, x, beta, decays, do, dr, dlast, dk, dgate, dz, anchors, cu, largest, scale, T, H, nseg, part,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     TMA_OUT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """Walk 2, where write_kernel does not own whole heads: from the last chunk to the first, dS [BK, VP] in registers.
-    Grid (documents * H * K tiles, segments). Reads all of write_kernel's and dw; writes what its KEYS writes, `dgate`
+    Grid (documents * H * K tiles, segments). Reads all of write_kernel's and dr; writes what its KEYS writes, `dgate`
     and `dz` as one part per K tile."""
     NK: tl.constexpr = KP // BK
     seg = tl.program_id(1)
@@ -270,23 +291,23 @@ def key_kernel(
             k_length = inverse_length(load_rows(k_full, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False))
             k16 = (k_rows.to(tl.float32) * k_length[:, None]).to(DT)
         xt = tl.trans(load_rows(x, b, t, t1, T, h, H, 0, 0, C, 1, 1, V, VP, TMA, False))
-        dw16 = load_rows(dw, b, t, t1, T, h, H, 0, 0, C, 1, 1, V, VP, TMA, VARLEN)
+        dr16 = load_rows(dr, b, t, t1, T, h, H, 0, 0, C, 1, 1, V, VP, TMA, VARLEN)
         kt16 = tl.trans(k16)
         gate = tl.zeros([C], tl.float32)
         dKt = mm(dS.to(DT), xt)
         gamma = 1.0
         kk = 1.0
-        kt_left = kt16
         if GATED:
             gamma = between(a, a)
             kk = mm(k16, kt16)
             dKt = dKt * (bc * tl.exp(total - a) * owed)[None, :]
             z = tl.sum(dKt * kt16.to(tl.float32), 0)
             dS = dS * (owed * tl.exp(total - a_first))
-            kt_left = (kt16.to(tl.float32) * tl.exp(a - a_first)[None, :]).to(DT)
+            kt_left = (kt16.to(tl.float32) * (bc * -tl.exp(a - a_first))[None, :]).to(DT)
             owed = tl.exp(a_first)
         else:
             dKt = dKt * bc[None, :]
+            kt_left = (kt16.to(tl.float32) * -bc[None, :]).to(DT)
         for sub in tl.static_range(G // GB):
             q_rows = load_rows(q, b, t, t1, T, h, H, i_k * BK, sub, C, G, GB, K, BK, TMA, False)
             q16 = operand(q_rows, DT)
@@ -305,9 +326,9 @@ def key_kernel(
                 qt_left = (qt16.to(tl.float32) * tl.exp(aq - a_first)[None, :]).to(DT)
             dKt, gate = key_from_queries(dKt, gate, Pt, xt, tl.trans(do16), qt16, bc, lasting, rq, rc, C, GATED)
             dS = mma(qt_left, do16, dS)
-        dKt, gate = key_from_keys(dKt, gate, kk, xt, tl.trans(dw16), kt16, bc, gamma, rc, C, GATED)
+        dKt, gate, _ = key_from_keys(dKt, gate, kk, xt, tl.trans(dr16), kt16, bc, gamma, rc, C, GATED)
         store_rows(dk, tl.trans(dKt * HEADROOM), b, t, t1, T, h, H, i_k * BK, 0, C, 1, 1, K, BK, TMA_OUT)
-        dS = mma(-kt_left, dw16, dS)
+        dS = mma(kt_left, dr16, dS)
         if GATED:
             at_part = wide(i_k) * part + row + (t + rc).to(tl.int64) * H
             tl.store(dz + at_part, z, mask=t + rc < t1)
@@ -321,7 +342,7 @@ def key_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads", "part", "edge_part"])
 def query_kernel(
-    q, k, k_full, q_full, x, beta, decays, do, dw, start, dk_half, dq, dk, dv, dy, anchors, edges, cu, shift, largest, scale,
+    q, k, k_full, q_full, x, beta, decays, do, dr, start, dk_half, dq, dk, dv, dy, anchors, edges, cu, shift, largest, scale,
     T, H, nseg, heads, part, edge_part,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -329,7 +350,7 @@ def query_kernel(
     DT: tl.constexpr,
 ):  # fmt: skip
     """The last walk, from the first chunk to the last, S [BK, VP] in registers, built again from `start`. Grid
-    (documents * H * K tiles, segments). Reads k, x, beta, do, dw, dk_half (q, decays if GATED); writes dq and dk, and dv
+    (documents * H * K tiles, segments). Reads k, x, beta, do, dr, dk_half (q, decays if GATED); writes dq and dk, and dv
     unless None.
     GATED: per K tile, S's part of dg (`dy`), and <S, dS> every STEP tokens (`edges`).
     NORM: where one tile holds whole rows, the gradients are those of q and k before they were brought to length one."""
@@ -369,12 +390,12 @@ def query_kernel(
             k_length = inverse_length(k_wide)
             kt16 = tl.trans((k_rows.to(tl.float32) * k_length[:, None]).to(DT))
         x16 = load_rows(x, b, t, t1, T, h, H, 0, 0, C, 1, 1, V, VP, TMA, False)
-        dw16 = load_rows(dw, b, t, t1, T, h, H, 0, 0, C, 1, 1, V, VP, TMA, False)
+        dr16 = load_rows(dr, b, t, t1, T, h, H, 0, 0, C, 1, 1, V, VP, TMA, False)
         half = load_rows(dk_half, b, t, t1, T, h, H, i_k * BK, 0, C, 1, 1, K, BK, TMA, False)
         S16 = S.to(DT)
-        dKt = -mm(S16, tl.trans(dw16))
+        dKt = mm(S16, tl.trans(dr16)) * -bc[None, :]
         if dv is not None:
-            dV = dw16.to(tl.float32) * restore_v
+            dV = dr16.to(tl.float32) * (bc * restore_v)[:, None]
             store_rows(dv, dV, b, t, t1, T, h, H, 0, 0, C, 1, 1, V, VP, TMA_OUT)
         if GATED:
             if t % STEP == t0 % STEP:

@@ -36,7 +36,7 @@ WRITE = {
     16: Config(16, 1, 2),
     32: Config(32, 1, 2),
     64: Config(64, 2, 2),
-    128: Config(64, 2, 2),
+    128: Config(32, 1, 2),
     256: Config(32, 2, 2),
 }
 """By padded key size."""
@@ -44,13 +44,15 @@ KEY = {
     16: Config(16, 1, 2),
     32: Config(32, 1, 2),
     64: Config(64, 2, 2),
-    128: Config(64, 2, 2),
+    128: Config(32, 2, 3),
     256: Config(32, 2, 2),
 }
 """By padded value size; keys are tiled."""
 QUERY = dict(KEY)
 """By padded value size; keys are tiled."""
 SCAN = Config(16, 4, 1)
+GATED = {("write", 128): Config(64, 2, 3), ("key", 128): Config(32, 2, 2)}
+"""Entries that a gate changes."""
 TABLES = {"forward": FORWARD, "write": WRITE, "key": KEY, "query": QUERY}
 
 
@@ -59,9 +61,11 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def choose(kernel: str, whole: int, tiled: int) -> Config:
+def choose(kernel: str, whole: int, tiled: int, is_gated: bool) -> Config:
     """The entry for a state with `whole` (padded) rows in every program and `tiled` columns shared out."""
     config = TABLES[kernel][whole]
+    if is_gated:
+        config = GATED.get((kernel, whole), config)
     return Config(min(config.tile, tiled), config.num_warps, config.stages, config.group)
 
 

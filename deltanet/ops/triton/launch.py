@@ -89,7 +89,7 @@ def case(q, k, v, g, cu_seqlens, normalize: bool, num_segments: int | None = Non
     major, multiprocessors = card(q.device)
     documents = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if num_segments is None:
-        tiles = padded(V) // choose("forward", padded(K), padded(V)).tile
+        tiles = padded(V) // choose("forward", padded(K), padded(V), g is not None).tile
         step = CHUNK if g is None else ANCHOR
         # documents of a pack are cut alike, by their mean length
         num_segments = segments(documents * H * tiles, T // max(documents, 1), step, multiprocessors)
@@ -115,7 +115,7 @@ def written(c: Case, x: torch.Tensor | None, heads: int, width: int):
 def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, save: bool):
     """o, final state, and for the backward x, shift, starts, ends, maps, each None where it is not needed."""
     KP, VP = padded(c.K), padded(c.V)
-    config = choose("forward", KP, VP)
+    config = choose("forward", KP, VP, c.is_gated)
     GB = group_block(c.G, config.group)
     BV = config.tile
     n = c.segments
@@ -184,17 +184,19 @@ def backward(
 ):
     """dq, dk, dv, dbeta, dg (None without a gate), dinitial (None unless wanted).
 
-    Half-finished dk, and dW where one walk can finish dv, live in the memory of dk and dv."""
+    Half-finished dk, and dR where one walk can finish dv, live in the memory of dk and dv."""
     KP, VP = padded(c.K), padded(c.V)
     n = c.segments
     B, T, H, heads = c.B, c.T, c.H, c.heads
-    write, key, query = choose("write", KP, VP), choose("key", VP, KP), choose("query", VP, KP)
+    gated = c.is_gated
+    write, key = choose("write", KP, VP, gated), choose("key", VP, KP, gated)
+    query = choose("query", VP, KP, gated)
     BV, BK = (VP, KP) if c.whole else (write.tile, query.tile)
     single = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
     most = largest(c, do, dfinal, scale)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dk_half = dk.view(x.dtype)
-    dw = dv.view(x.dtype) if c.whole else torch.empty_like(x)
+    dr = dv.view(x.dtype) if c.whole else torch.empty_like(x)
     dbeta = single(VP // BV, B, T, H)
     dinitial = single(c.documents, H, c.K, c.V) if wants_initial else None
     part = B * T * H
@@ -223,7 +225,7 @@ def backward(
     walks = c.walks_back
     write_kernel[(heads * (VP // BV), n)](
         *inputs, dlast, ends, None if c.whole and not walks else written(c, dv, 1, BV),
-        None if walks else written(c, dw, 1, BV), written(c, dq, GB, KP) if walks else None,
+        None if walks else written(c, dr, 1, BV), written(c, dq, GB, KP) if walks else None,
         written(c, dk if walks else dk_half, 1, KP), dbeta, pairs, z, anchors, dinitial, cu_seqlens, shift, most,
         scale, *sizes, MAP=False, KEYS=c.whole, WALK=walks, **writing,
     )  # fmt: skip
@@ -231,7 +233,7 @@ def backward(
         GB = group_block(c.G, key.group)
         key_kernel[(heads * (KP // key.tile), n)](
             rows(c, q, GB, key.tile), rows(c, k, 1, key.tile), rows(c, k, 1, KP), rows(c, q, GB, KP),
-            rows(c, x, 1, VP), beta, decays, rows(c, do, GB, VP), rows(c, dw, 1, VP), dlast,
+            rows(c, x, 1, VP), beta, decays, rows(c, do, GB, VP), rows(c, dr, 1, VP), dlast,
             written(c, dk_half, 1, key.tile), pairs, z, anchors, cu_seqlens, most, scale, T, H, n, part,
             GB=GB, BK=key.tile, STAGES=key.stages, num_warps=key.num_warps, **flags,
         )  # fmt: skip
@@ -239,7 +241,7 @@ def backward(
         GB = group_block(c.G, query.group)
         query_kernel[(heads * (KP // BK), n)](
             rows(c, q, GB, BK), rows(c, k, 1, BK), rows(c, k, 1, KP), rows(c, q, GB, KP), rows(c, x, 1, VP), beta,
-            decays, rows(c, do, GB, VP), rows(c, dw, 1, VP), starts, rows(c, dk_half, 1, BK), written(c, dq, GB, BK),
+            decays, rows(c, do, GB, VP), rows(c, dr, 1, VP), starts, rows(c, dk_half, 1, BK), written(c, dq, GB, BK),
             written(c, dk, 1, BK), written(c, dv, 1, VP) if c.whole else None, y, anchors, edges, cu_seqlens, shift,
             most, scale, *sizes, edge_part,
             GB=GB, BK=BK, STAGES=query.stages, num_warps=query.num_warps, **flags,
