@@ -7,7 +7,7 @@ from demo_pair import demo_teacher, demo_windows, divergence, fresh_student
 from convert.calibrate import calibrate
 from convert.calibration import Settings
 from convert.loading import student_from_teacher
-from deltanet import UserError
+from deltanet import DeltaNetConfig, DeltaNetForCausalLM, UserError
 
 FAST = Settings(half_lives=(4, 16, 64), betas=(0.05, 0.3), sweeps=1, search_windows=3, search_length=96)
 NEW = ("b_proj", "a_proj", "read_proj", "skip_proj", "o_proj")
@@ -53,8 +53,6 @@ def test_a_calibrated_student_beats_the_plain_copy_and_no_mixer_on_text_it_was_n
 
 def test_attention_that_sees_only_its_own_token_is_reproduced_exactly(teacher, windows):
     """Then the context is v itself, which the first skip tap carries: nothing needs a state."""
-    from deltanet import DeltaNetConfig, DeltaNetForCausalLM
-
     config = DeltaNetConfig(
         **{
             **{k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "architectures")},
@@ -144,28 +142,51 @@ def test_finished_layers_of_another_text_are_not_taken(teacher, windows, tmp_pat
     assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in expected.state_dict().items())
 
 
-def test_shared_and_expanded_states_are_the_same_where_every_head_has_its_own_key(windows):
-    """With one query head per key/value head both name the same mixer, so the fits must agree."""
-    from deltanet import DeltaNetConfig, DeltaNetForCausalLM
-
+def random_teacher(**changes):
+    """Two layers of random weights, large enough that attention prefers some tokens."""
+    values = {
+        "vocab_size": 1024,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+    }
     torch.manual_seed(0)
-    config = DeltaNetConfig(
-        vocab_size=1024,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        head_dim=16,
-        layer_types=["full_attention"] * 2,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-    )
-    teacher = DeltaNetForCausalLM(config).eval()
+    teacher = DeltaNetForCausalLM(DeltaNetConfig(**{**values, **changes})).eval()
     with torch.no_grad():
         for parameter in teacher.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
+            parameter.mul_(4) if parameter.ndim == 2 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return teacher
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"qkv_bias": True},
+        {"qk_norm": "head"},
+        {"rope_layers": [True, False]},
+        {"o_bias": True},
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9},
+    ],
+    ids=str,
+)
+def test_teachers_of_every_shape_are_followed(windows, family):
+    teacher = random_teacher(**family)
+    student = fresh_student(teacher)
+    plain = divergence(teacher, student, windows[1])
+    report = calibrate(teacher, student, windows[0], FAST)
+    assert divergence(teacher, student, windows[1]) < 0.7 * plain
+    assert all(0 < row["explained"] < 1 for row in report["layers"])
+
+
+def test_shared_and_expanded_states_are_the_same_where_every_head_has_its_own_key(windows):
+    """With one query head per key/value head both name the same mixer, so the fits must agree."""
+    teacher = random_teacher(num_key_value_heads=3)
     shared, expanded = (fresh_student(teacher, state_heads=kind) for kind in ("shared", "expanded"))
     for student in (shared, expanded):
         calibrate(teacher, student, windows[0][:4], FAST)
