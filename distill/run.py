@@ -224,7 +224,7 @@ class _Run:
                 load_adapters(commit.folder, student)
         module = self._module(plan, student, folder, commit is not None)
         trained = {n.removeprefix(PREFIX): p for n, p in module.named_parameters() if p.requires_grad}
-        if missing := sorted(names - matrices - trained.keys()):
+        if missing := sorted(names - matrices - {lora.plain_name(name) for name in trained}):
             raise UserError(
                 f"stages.{stage.name}.trainable: an {stage.kind} stage cannot train {missing[0]}; allowed: mixers"
             )

@@ -133,7 +133,7 @@ class Loss(Section):
 class Lora(Section):
     rank: int = Field(16, gt=0)
     alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
-    targets: Names = Field(("q_proj", "k_proj", "v_proj", "o_proj"), description="names of matrices; those trained only")
+    targets: Names = Field(("q_proj", "k_proj", "v_proj", "o_proj"), description="matrices, of those trained")
 
 
 class Stage(Section):

@@ -6,7 +6,7 @@ the ZeRO stage nor the number of processes. Every rank writes its share of the f
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from deltanet import DeltaNetForCausalLM
 from deltanet.errors import DeltanetError
 
+from . import lora
 from .engine import MOMENTS, Engine, World
 from .stages import PREFIX
 
 SHARD_BYTES = 1 << 30
-STUDENT = "student"
+STUDENT, ADAPTER = "student", "adapter"
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,34 @@ class _Shards:
             self.pending, self.bytes = {}, 0
 
 
-def write_state(folder: Path, engine: Engine, student: DeltaNetForCausalLM, world: World) -> None:
+def write_state(
+    folder: Path,
+    engine: Engine,
+    student: DeltaNetForCausalLM,
+    world: World,
+    *,
+    adapter_scale: float | None = None,
+    is_last: bool = False,
+) -> None:
     """Writes this rank's share of the state into `folder`, which exists. All ranks must call it together; one that
-    cannot write raises once the others no longer need it."""
+    cannot write raises once the others no longer need it.
+
+    adapter_scale: of a stage with low-rank adapters; they are merged into the student where `is_last`, else kept apart.
+    """
     if world.is_main:
         (folder / STUDENT).mkdir()
     world.barrier()
     weights = _Shards(folder / STUDENT, f"model-rank{world.rank:03}")
-    for name, tensor in _mine(_student_tensors(engine, student), world):
-        weights.add(name, tensor)
-    weights.flush()
     moments = _Shards(folder, f"optimizer-rank{world.rank:03}")
+    tensors = _student_tensors(engine, student)
+    if adapter_scale is not None and is_last:
+        tensors = lora.merged(tensors, adapter_scale)
+    for name, tensor in _mine(tensors, world):
+        if lora.is_adapter(name):
+            moments.add(f"{ADAPTER}.{name}", tensor)
+        else:
+            weights.add(lora.plain_name(name), tensor)
+    weights.flush()
     for key in MOMENTS:
         for name, tensor in _mine(engine.full_tensors(key), world):
             moments.add(f"{key}.{name.removeprefix(PREFIX)}", tensor)
@@ -95,19 +113,28 @@ def write_state(folder: Path, engine: Engine, student: DeltaNetForCausalLM, worl
 
 def load_moments(folder: Path, engine: Engine, updates: int) -> None:
     """Gives the engine back the moments of a commit of the same stage; weights come from its student folder."""
-    places, opened = {}, []
+    get = _optimizer_tensors(folder)
+    engine.load_moments(lambda name, key: get(f"{key}.{name.removeprefix(PREFIX)}"), updates)
+
+
+def load_adapters(folder: Path, student: DeltaNetForCausalLM) -> None:
+    """Gives the student its low-rank adapters back from a commit within a stage."""
+    get = _optimizer_tensors(folder)
+    lora.load_adapters(student, lambda name: get(f"{ADAPTER}.{name}"))
+
+
+def _optimizer_tensors(folder: Path) -> Callable[[str], torch.Tensor]:
+    places = {}
     for file in sorted(folder.glob("optimizer-rank*.safetensors")):
         handle = safe_open(file, "pt")
-        opened.append(handle)
         places |= dict.fromkeys(handle.keys(), handle)
 
-    def get(name: str, key: str) -> torch.Tensor:
-        entry = f"{key}.{name.removeprefix(PREFIX)}"
+    def get(entry: str) -> torch.Tensor:
         if entry not in places:
             raise DeltanetError(f"{folder}: holds no {entry}, so the stage cannot go on from it")
         return places[entry].get_tensor(entry)
 
-    engine.load_moments(get, updates)
+    return get
 
 
 def _mine(tensors: Iterable, world: World):
