@@ -234,8 +234,8 @@ def _check(recipe: Recipe) -> typing.Iterator[tuple[KeyPath, str]]:
             path = (part, "sources", index)
             if [source.path, source.dataset, source.from_teacher].count(None) != 2:
                 yield path, "say `path:` (local files) or `dataset:` (of the Hub) or `from_teacher:`, one of them"
-            if source.from_teacher is not None and source.kind == "chat":
-                yield (*path, "kind"), "the teacher writes texts; `from_teacher:` makes no chats"
+            if source.from_teacher is not None and source.kind == "preference":
+                yield (*path, "kind"), "the teacher writes texts and chats; `from_teacher:` makes no preferences"
             if source.dataset is None and (source.config or source.revision):
                 yield path, "`config:` and `revision:` belong to `dataset:`"
     for index, name in enumerate(names):

@@ -1,8 +1,9 @@
 """Training text that the teacher writes itself, for a model that has to be converted without any data.
 
 Rows are sampled at temperature 1 (what the teacher's own distribution asks for), cut into documents where the teacher
-ends one, and kept unless they repeat themselves. They stand in JSON lines, one portion a file, so that people can read
-them and a killed run goes on with the next portion. Twin: tests/distill/test_teacher_text.py.
+ends one, and kept unless they repeat themselves; chats are in teacher_chats.py. They stand in JSON lines, one portion
+a file, so that people can read them and a killed run goes on with the next portion.
+Twin: tests/distill/test_teacher_text.py.
 """
 
 import json
@@ -18,6 +19,7 @@ from deltanet.errors import DeltanetError
 
 from .order import hashed
 from .schema import Source
+from .teacher_chats import write_chats
 from .token_cache import Facts, Tokens
 
 ROWS, LENGTH = 128, 256  # of a portion
@@ -46,26 +48,36 @@ def written_source(
         file = folder / f"{source.name}-{len(files):04}.jsonl"
         if not file.is_file():
             key = int(hashed(seed, len(files))[0]) >> 1
-            length = min(LENGTH, teacher.config.max_position_embeddings)
-            rows = write_text(teacher, tokenizer, ROWS, length, key, batch=ROWS).numpy()
-            _store(file, [document for row in rows for document in _documents(row, tokenizer)])
+            _store(file, _portion(source, teacher, tokenizer, key))
         files.append(str(file))
         found = sum(json.loads(line)["tokens"] for line in file.read_text(encoding="utf-8").splitlines())
         tokens, empty = tokens + found, 0 if found else empty + 1
         if empty == MOST_EMPTY:
+            what = "repeats itself in {} rows" if source.kind == "text" else "ends none of {} chats"
             raise DeltanetError(
-                f"source {source.name}: the teacher repeats itself in {ROWS * empty} rows; give a text instead"
+                f"source {source.name}: the teacher {what.format(ROWS * empty)}; give a {source.kind} instead"
             )
         advance(tokens)
     return source.model_copy(update={"path": tuple(files), "from_teacher": None})
 
 
 def planned(source: Source) -> Tokens:
-    """A stand-in of the size the source will have, for a plan without writing."""
+    """A stand-in of the size the source will have, for a plan without writing; of a chat all tokens are targets."""
     count = source.from_teacher
     bounds = np.append(np.arange(0, count, LENGTH), count)
     facts = Facts(len(bounds) - 1, count, count, 0)
-    return Tokens(source.name, "text", "not written yet", np.zeros(count, np.uint16), bounds, None, facts)
+    marks = None if source.kind == "text" else np.ones(count, np.uint8)
+    return Tokens(source.name, source.kind, "not written yet", np.zeros(count, np.uint16), bounds, marks, facts)
+
+
+def _portion(source: Source, teacher, tokenizer, key: int) -> list[dict]:
+    if source.kind == "chat":
+        ends = teacher.config.eos_token_id
+        stop_ids = {*([ends] if isinstance(ends, int) else ends or []), tokenizer.eos_token_id} - {None}
+        return write_chats(teacher, tokenizer, ROWS, key, stop_ids=stop_ids, is_dull=repeats)
+    length = min(LENGTH, teacher.config.max_position_embeddings)
+    rows = write_text(teacher, tokenizer, ROWS, length, key, batch=ROWS).numpy()
+    return [document for row in rows for document in _documents(row, tokenizer)]
 
 
 def _documents(row: np.ndarray, tokenizer) -> list[dict]:

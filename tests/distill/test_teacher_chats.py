@@ -1,0 +1,101 @@
+"""Chats that the teacher writes: seeded, whole, without marks of the template in them, and read back as written."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_pair import config
+from word_tokenizer import CHATML, make_tokenizer
+
+from deltanet import DeltaNetForCausalLM
+from deltanet.errors import DeltanetError, UserError
+from distill import teacher_text
+from distill.data import Corpus, whole
+from distill.recipe import parse_recipe
+from distill.schema import Source
+from distill.teacher_chats import write_chats
+from distill.teacher_text import planned, written_source
+from distill.token_cache import tokenise
+
+TOKENIZER = make_tokenizer(CHATML)
+STOP = TOKENIZER.eos_token_id
+SOURCE = Source(name="own", from_teacher=400, kind="chat")
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """A random model of the tokenizer's 259 ids that likes to end its turns, else writes ASCII letters and digits."""
+    torch.manual_seed(0)
+    model = DeltaNetForCausalLM(config(["full_attention"] * 2, vocab_size=259, tie_word_embeddings=False)).eval()
+    plain = [TOKENIZER.convert_tokens_to_ids(letter) for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    bias = torch.full((259,), -30.0)
+    bias[plain], bias[STOP] = 0.0, 1.5
+
+    def biased(module, inputs, output):
+        return output + bias
+
+    model.lm_head.register_forward_hook(biased)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def small_portions(monkeypatch):
+    monkeypatch.setattr(teacher_text, "ROWS", 8)
+
+
+def test_the_same_key_writes_the_same_chats_each_a_question_and_an_answer(teacher):
+    chats = write_chats(teacher, TOKENIZER, 16, 1, stop_ids={STOP})
+    assert chats == write_chats(teacher, TOKENIZER, 16, 1, stop_ids={STOP})
+    assert chats != write_chats(teacher, TOKENIZER, 16, 2, stop_ids={STOP})
+    assert len(chats) > 4
+    for chat in chats:
+        assert [turn["role"] for turn in chat["messages"]] == ["user", "assistant"]
+        assert all(turn["content"] and "<" not in turn["content"] for turn in chat["messages"])
+        text = TOKENIZER.apply_chat_template(chat["messages"], tokenize=False)
+        assert chat["tokens"] == len(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+
+
+def test_a_dull_turn_drops_its_chat_and_so_does_one_without_an_end(teacher):
+    chats = write_chats(teacher, TOKENIZER, 16, 1, stop_ids={STOP})
+    word = chats[0]["messages"][1]["content"]
+    fewer = write_chats(teacher, TOKENIZER, 16, 1, stop_ids={STOP}, is_dull=lambda text: text == word)
+    assert all(chat["messages"][1]["content"] != word for chat in fewer)
+    assert write_chats(teacher, TOKENIZER, 4, 1, stop_ids={STOP}, is_dull=lambda text: True) == []
+    assert write_chats(teacher, TOKENIZER, 4, 1, stop_ids={0}) == []  # it never writes id 0, so no answer ends
+
+
+def test_a_source_of_chats_is_written_once_and_becomes_supervised_answers(teacher, tmp_path):
+    source = written_source(SOURCE, teacher, TOKENIZER, tmp_path / "written", 0)
+    assert written_source(SOURCE, teacher, TOKENIZER, tmp_path / "written", 0) == source
+    rows = [json.loads(line) for name in source.path for line in Path(name).read_text("utf-8").splitlines()]
+    assert sum(row["tokens"] for row in rows) >= 400
+    tokens = tokenise(source, TOKENIZER, tmp_path / "cache", vocab_size=259)
+    assert tokens.facts.documents == len(rows)
+    assert tokens.facts.stopped == len(rows)
+    assert tokens.facts.tokens == sum(row["tokens"] for row in rows)
+    answers = TOKENIZER.decode(tokens.ids[np.flatnonzero(tokens.marks)])
+    assert answers == "".join(row["messages"][1]["content"] + "<|im_end|>" for row in rows)
+
+
+def test_a_teacher_that_cannot_chat_is_named(teacher, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="has no chat template, so it writes no chats"):
+        written_source(SOURCE, teacher, make_tokenizer(None), tmp_path, 0)
+    monkeypatch.setattr(teacher_text, "repeats", lambda text: True)
+    with pytest.raises(DeltanetError, match="source own: the teacher ends none of 40 chats; give a chat instead"):
+        written_source(SOURCE, teacher, TOKENIZER, tmp_path, 0)
+
+
+def test_a_plan_of_chats_packs_without_the_writing():
+    corpus = Corpus([whole(planned(SOURCE))], seq_len=128)
+    assert corpus.reports[0].tokens == 400
+
+
+def test_preferences_are_not_written():
+    text = (
+        "version: 1\nteacher: {model: demo}\nstudent: {convert: {hybrid: none}}\ndata:\n  sources:\n"
+        "    - {from_teacher: 100, kind: preference}\nstages: [{kind: dpo, steps: 1}]\n"
+    )
+    with pytest.raises(UserError, match=r"data\.sources\.0\.kind: the teacher writes texts and chats"):
+        parse_recipe(text, "r.yaml")
