@@ -1,7 +1,7 @@
 """Low-rank adapters (peft) in place of training whole matrices: W + scale B A, with W frozen; merged when a stage ends.
 
-The literature on converting attention finds LoRA worse than training everything (docs: METHODS of the papers), so it
-is off unless a stage says `lora:`. Of the stage's trainable set, matrices of the `targets` get an adapter, the rest
+RADLADS (arXiv 2505.03005) found it worse than training everything when attention is converted, so it is off unless a
+stage says `lora:`. Of the stage's trainable set, matrices of the `targets` get an adapter, the rest
 (gates, norms, biases) trains as it is. A commit in the middle of a stage keeps W and the adapter apart, so resuming is
 exact. Twin: tests/distill/test_lora.py.
 """

@@ -15,9 +15,10 @@ def work(rank: int, size: int, port: int, recipe: str, runs: list[tuple[str, lis
 
     torch.set_num_threads(1)
     from deltanet.errors import Interrupted
-    from distill import loop
+    from distill import loop, report
     from distill.run import distil
 
+    report._plot = lambda *_: None  # a second of matplotlib a run
     deal = loop.positions_of
     for folder, overrides, stop in runs:
 
