@@ -62,10 +62,11 @@ class World:
             torch.distributed.barrier()
 
 
-def start_world(timeout_minutes: float = 30.0) -> World:
+def start_world(timeout_minutes: float = 240.0) -> World:
     """Joins the processes a launcher (torchrun, deepspeed) has started, or starts alone where none has.
 
-    CUDA with nccl where there is a device, else the CPU with gloo. On a CPU DeepSpeed would compile a shared-memory
+    The timeout is long since rank 0 converts and tokenises while the others wait. CUDA with nccl where there is a
+    device, else the CPU with gloo. On a CPU DeepSpeed would compile a shared-memory
     collective at the first start (39 s, needs g++); it is switched off, gloo does the same.
     """
     if "RANK" not in os.environ:
