@@ -24,8 +24,9 @@ from delta_inputs import error, gradients, inputs
 from deltanet.ops import chunk
 from deltanet.ops.triton import launch, operator
 
-BOUNDS = {torch.bfloat16: 0.0030, torch.float16: 0.0012, torch.float32: 1e-5}
-"""bfloat16: rounding the truth alone is .0017; float16 .0002; float32 products are exact to 3e-7."""
+BOUNDS = {torch.bfloat16: 0.0035, torch.float16: 0.0012, torch.float32: 1e-5}
+"""bfloat16: rounding the truth alone is .0017, and twice in one case (dq and dk of normalized wide heads), .0024; small
+tensors scatter around that. float16: .0002. float32: products are exact to 3e-7."""
 
 
 @contextmanager
@@ -95,7 +96,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th case from i on; compiling takes most of the time")
+    parser.add_argument(
+        "--shard", default="0/1", help="i/n: every n-th case from i on; compiling takes most of the time"
+    )
     options = parser.parse_args()
     broken, worst, started = 0, {}, time.time()
     shard, shards = map(int, options.shard.split("/"))

@@ -9,7 +9,7 @@ Given dO and the gradient dS_1 of a chunk's last state (names as in forward.py; 
     dS_0 = e^{a_C} dS_1 + Q^T diag(e^a) dO - K^T diag(e^a) dW
 
 Gradients are computed divided by `scale` and multiplied by a power of two that brings the largest |dO| near 1/4.
-With a gate the walks carry dS / e^{a_1} and owe it that factor, so that strong decays do not underflow in half precision.
+With a gate the walks carry dS / e^{a_1} and owe it that factor, so that strong decays do not underflow.
 No sums across programs anywhere, so two runs agree bit for bit.
 """
 
@@ -35,7 +35,7 @@ def loss_scale(largest):
 
 @triton.jit
 def spanned(Xt, rq, rc, DT: tl.constexpr):
-    """For every token t, the sum of Xt[j, i] over j < t <= i: what the decay at t scales. Xt [C, C*GB], rq its tokens."""
+    """For every token t, the sum of Xt[j, i] over j < t <= i: what the decay at t scales. Xt [C, C*GB]."""
     upto = tl.where(rq[:, None] >= rc[None, :], 1.0, 0.0)
     sums = tl.dot(Xt, upto, input_precision="tf32x3" if DT == tl.float32 else "tf32")
     return tl.sum(tl.where(rc[:, None] < rc[None, :], sums, 0.0), 0)
@@ -54,10 +54,10 @@ def query_rows(
     C: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, TMA: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """q of GB heads as it lies in memory, Q [C*GB, K] as an operand, and dO^T [V, C*GB]."""
+    """Q [C*GB, K] and dO^T [V, C*GB] of GB heads, as operands."""
     q_rows = load_rows(q, b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA, False)
     do_rows = load_rows(do, b, t, t1, T, h, H, at_v, sub, C, G, GB, V, BV, TMA, VARLEN)
-    return q_rows, unit_operand(q_rows, NORM, DT), tl.trans(operand(do_rows * amplify.to(do_rows.dtype), DT))
+    return unit_operand(q_rows, NORM, DT), tl.trans(operand(do_rows * amplify.to(do_rows.dtype), DT))
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def key_from_queries(dKt, gate, Pt, xt, dot, qt, bc, between_t, rq, rc, C: tl.co
 
 @triton.jit
 def key_from_keys(dKt, gate, kk, xt, dRt, kt, bc, gamma, rc, C: tl.constexpr, GATED: tl.constexpr):
-    """Adds (Z + Z^T) K to dK^T [K, C], and the pairs' part of dg; xt and dRt [V, C]. Also dR_i . X_i, which is dbeta."""
+    """Adds (Z + Z^T) K to dK^T [K, C], and the pairs' part of dg; xt and dRt [V, C]. Also dR_i . X_i: dbeta."""
     i = rc[:, None]
     j = rc[None, :]
     M = mm(tl.trans(dRt), xt)
@@ -87,12 +87,12 @@ def key_from_keys(dKt, gate, kk, xt, dRt, kt, bc, gamma, rc, C: tl.constexpr, GA
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads", "part"])
 def write_kernel(
-    q, k, x, beta, decays, do, dlast, ends, dv, dr, dq, dk, dbeta, dgate, dz, anchors, dfirst, cu, shift, largest, scale,
+    q, k, x, beta, decays, do, dlast, dv, dr, dk, dbeta, dgate, dz, anchors, dfirst, cu, shift, largest, scale,
     T, H, nseg, heads, part,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     TMA_OUT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, MAP: tl.constexpr,
-    KEYS: tl.constexpr, WALK: tl.constexpr, DT: tl.constexpr,
+    KEYS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """Walk 1, from the last chunk to the first, dS^T [BV, KP] in registers. Grid (documents * H * V tiles, segments).
 
@@ -100,8 +100,6 @@ def write_kernel(
     None, and per V tile a part of dbeta; at a segment's start dS into `dfirst`.
     KEYS (one V tile): also what dS and the C x C matrices give of dk, unscaled into `dk`; with GATED, their parts of
     dg (`dgate`, `dz`), and dS every STEP tokens (`anchors`).
-    WALK (KEYS, no gate): everything in this one walk. The state walks back beside its gradient, from `ends`, by
-    S_0 = S_1 - K^T U, and dq and dk are finished; with a gate this would divide by the decay.
     MAP: only the offset of a segment's reverse map dS -> A^T dS + B, from zero, into `dfirst`."""
     NV: tl.constexpr = VP // BV
     seg = tl.program_id(1)
@@ -114,7 +112,6 @@ def write_kernel(
     rc = tl.arange(0, C)
     rq = tl.arange(0, C * GB) // GB
     i = rc[:, None]
-    j = rc[None, :]
     at_state = (wide(nh) * nseg + seg) * K * V + rk * V + rv
     in_state = (rk < K) & (rv < V)
     amplify = loss_scale(largest)
@@ -124,9 +121,6 @@ def write_kernel(
         dSt = tl.load(dlast + at_state, mask=in_state, other=0.0) / restore
     row = (wide(b) * T) * H + h
     factor = power_of_two(tl.load(shift + heads + nh))
-    if WALK:
-        St = tl.load(ends + at_state, mask=in_state, other=0.0) * factor
-        restore_q = restore / factor
     owed = 1.0
     chunks = tl.cdiv(t1 - t0, C)
     tc = t0 + (chunks - 1) * C + rc
@@ -139,8 +133,7 @@ def write_kernel(
         b_next = tl.load(beta + row + before.to(tl.int64) * H, mask=before >= t0, other=0.0)
         if GATED:
             a_next, aq_next, first_next, total_next = load_decays(decays, row, t - C, t0, t1, H, C, GB)
-        k_rows = load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False)
-        k16 = unit_operand(k_rows, NORM, DT)
+        k16 = unit_operand(load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False), NORM, DT)
         if not MAP:
             xt = tl.trans(load_rows(x, b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA, False))
         kt16 = tl.trans(k16)
@@ -158,7 +151,7 @@ def write_kernel(
         else:
             dU = mm(dS16, kt16)
         for sub in tl.static_range(G // GB):
-            q_rows, q16, dot16 = query_rows(
+            q16, dot16 = query_rows(
                 q, do, b, t, t1, T, h, H, i_v * BV, sub, amplify, C, G, GB, K, KP, V, BV, TMA, NORM, VARLEN, DT
             )
             Pt = tl.where(rq[None, :] >= i, mm(k16, tl.trans(q16)), 0.0)
@@ -191,34 +184,18 @@ def write_kernel(
             gate = tl.zeros([C], tl.float32)
             if GATED:
                 z = tl.sum(dKt * kt16.to(tl.float32), 0)
-            if WALK:
-                St = mma((xt.to(tl.float32) * -bc[None, :]).to(DT), k16, St)
-                S16 = tl.trans(St.to(DT))
-                dKt -= mm(S16, dR16) * bc[None, :]
             for sub in tl.static_range(G // GB):
                 if G != GB:
-                    q_rows, q16, dot16 = query_rows(
+                    q16, dot16 = query_rows(
                         q, do, b, t, t1, T, h, H, i_v * BV, sub, amplify, C, G, GB, K, KP, V, BV, TMA, NORM, VARLEN, DT
                     )
                     if GATED:
                         Pt = tl.where(rq[None, :] >= i, mm(k16, tl.trans(q16)), 0.0) * between(a, aq)
                 lasting = between(a, aq) if GATED else 1.0
                 dKt, gate = key_from_queries(dKt, gate, Pt, xt, dot16, tl.trans(q16), bc, lasting, rq, rc, C, GATED)
-                if WALK:
-                    dP = tl.where(rq[:, None] >= rc[None, :], mm(tl.trans(dot16), xt) * bc[None, :], 0.0)
-                    dQt = mma(kt16, tl.trans(dP).to(DT), mm(S16, dot16))
-                    if NORM:
-                        dQt = through_length(dQt, tl.trans(q16), inverse_length(q_rows))
-                    store_rows(dq, tl.trans(dQt * restore_q), b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA_OUT)
             gamma_c = gamma if GATED else 1.0
             dKt, gate, dbeta_c = key_from_keys(dKt, gate, kk, xt, dR16, kt16, bc, gamma_c, rc, C, GATED)
-            if WALK:
-                if NORM:
-                    dKt = through_length(dKt, kt16, inverse_length(k_rows))
-                dKt = dKt * restore_q
-            else:
-                dKt = dKt * HEADROOM
-            store_rows(dk, tl.trans(dKt), b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA_OUT)
+            store_rows(dk, tl.trans(dKt * HEADROOM), b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA_OUT)
             if GATED:
                 tl.store(dz + token, z, mask=inside)
                 tl.store(dgate + token, gate, mask=inside)

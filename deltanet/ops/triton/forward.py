@@ -46,15 +46,14 @@ def fitting_shift(
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads"])
 def forward_kernel(
-    q, k, v, beta, decays, o, x, start, final, ends, maps, cu, shift, scale, T, H, nseg, heads,
+    q, k, v, beta, decays, o, x, start, final, maps, cu, shift, scale, T, H, nseg, heads,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     TMA_OUT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, MAP: tl.constexpr,
     RETRY: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """Grid (documents * H * tiles, segments). A program owns a tile of BV columns of one state, as S^T [BV, KP], and
-    walks its segment chunk by chunk. Per token and head it reads q, k, v, beta, decays and writes o, and x unless
-    None; at a segment's end the state into `ends` unless None.
+    walks its segment chunk by chunk. Per token and head it reads q, k, v, beta, decays and writes o, and x unless None.
 
     MAP: no output; the affine map S -> A S + B of every segment instead: tiles of B (from a zero state) into `final`,
     then tiles of A (from the identity, v = 0) into `maps`.
@@ -147,8 +146,6 @@ def forward_kernel(
         tl.store(maps + square, St, mask=(rk < K) & (rv < K) & is_map)
         tl.store(final + at_state, St / factor, mask=in_state & (tile < NV))
     else:
-        if ends is not None:
-            tl.store(ends + at_state, St / factor, mask=in_state)
         if seg == nseg - 1:
             tl.store(final + wide(nh) * K * V + rk * V + rv, St / factor, mask=in_state)
         if RETRY == 0 and DT == tl.float16:

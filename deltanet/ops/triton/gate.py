@@ -18,18 +18,19 @@ LOWEST_DECAY = tl.constexpr(-80.0)
 """As in ../chunk.py: exp of it is below every rounding error, and sums of 16 stay exact enough."""
 
 
-@triton.jit(do_not_specialize=["T", "H", "nseg"])
+@triton.jit(do_not_specialize=["T", "H"])
 def decay_kernel(
-    g, decays, cu, T, H, nseg, C: tl.constexpr, STEP: tl.constexpr, VARLEN: tl.constexpr
+    g, decays, cu, T, H, BH: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, VARLEN: tl.constexpr
 ):  # fmt: skip
-    """Log decays summed from the start of every chunk. Grid (documents * H, segments)."""
-    nh = tl.program_id(0)
-    b, t0, t1 = span(nh // H, tl.program_id(1), nseg, cu, T, STEP, VARLEN)
-    row = (wide(b) * T) * H + nh % H
-    token = tl.arange(0, STEP // C)[:, None] * C + tl.arange(0, C)[None, :]
-    for t in tl.range(t0, t1, STEP):
-        inside = t + token < t1
-        at = row + (t + token).to(tl.int64) * H
+    """Log decays summed from the start of every chunk. Grid (documents * blocks of BH heads, parts): part p takes every
+    so many-th STEP tokens. Chunks count from the document's start, as in the walks, whose segments are whole STEPs."""
+    blocks = tl.cdiv(H, BH)
+    b, t0, t1 = span(tl.program_id(0) // blocks, 0, 1, cu, T, STEP, VARLEN)
+    h = (tl.program_id(0) % blocks) * BH + tl.arange(0, BH)[None, None, :]
+    token = tl.arange(0, STEP // C)[:, None, None] * C + tl.arange(0, C)[None, :, None]
+    for t in tl.range(t0 + tl.program_id(1) * STEP, t1, tl.num_programs(1) * STEP):
+        inside = (t + token < t1) & (h < H)
+        at = (wide(b) * T + t + token) * H + h
         sums = tl.cumsum(tl.maximum(tl.load(g + at, mask=inside, other=0.0).to(tl.float32), LOWEST_DECAY), 1)
         tl.store(decays + at, sums, mask=inside)
 

@@ -56,11 +56,6 @@ class Case:
         return padded(self.K) * padded(self.V) <= (64 * 64 if self.half else 32 * 32)
 
     @property
-    def walks_back(self) -> bool:
-        """The backward is a single walk (write_kernel, WALK) and needs the states at the segments' ends."""
-        return self.whole and not self.is_gated
-
-    @property
     def heads(self) -> int:
         return self.documents * self.H
 
@@ -113,7 +108,7 @@ def written(c: Case, x: torch.Tensor | None, heads: int, width: int):
 
 
 def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, save: bool):
-    """o, final state, and for the backward x, shift, starts, ends, maps, each None where it is not needed."""
+    """o, final state, and for the backward x, shift, starts, maps, each None where it is not needed."""
     KP, VP = padded(c.K), padded(c.V)
     config = choose("forward", KP, VP, c.is_gated)
     GB = group_block(c.G, config.group)
@@ -125,9 +120,7 @@ def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, 
     x = torch.empty(v.shape, dtype=torch.float16 if c.half else torch.float32, device=q.device) if save else None
     shift = torch.zeros(2, c.heads, dtype=torch.int32, device=q.device)
     decays = chunk_decays(c, g, cu_seqlens)
-    maps = offsets = starts = ends = None
-    if save and c.walks_back:
-        ends = single(c.heads, n, c.K, c.V, dtype=torch.float32)
+    maps = offsets = starts = None
     if n > 1:
         maps = single(c.heads, n, c.K, c.K, dtype=torch.float32)
         offsets = single(c.heads, n, c.K, c.V, dtype=torch.float32)
@@ -139,15 +132,15 @@ def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, 
     for retry in range(2 if c.half else 1):
         if n > 1:
             forward_kernel[(c.heads * ((VP + KP) // BV), n)](
-                *inputs, None, None, initial_state, offsets, None, maps, cu_seqlens, shift, *sizes,
+                *inputs, None, None, initial_state, offsets, maps, cu_seqlens, shift, *sizes,
                 MAP=True, RETRY=retry, **flags,
             )  # fmt: skip
             scan(c, maps, offsets, initial_state, starts, None, shift, reverse=False, retry=retry)
         forward_kernel[(c.heads * (VP // BV), n)](
-            *inputs, *outputs, initial_state if n == 1 else starts, final, ends, None, cu_seqlens, shift, *sizes,
+            *inputs, *outputs, initial_state if n == 1 else starts, final, None, cu_seqlens, shift, *sizes,
             MAP=False, RETRY=retry and (1 if n == 1 else 2), **flags,
         )  # fmt: skip
-    return o, final, x, shift, starts, ends, maps
+    return o, final, x, shift, starts, maps
 
 
 def chunk_decays(c: Case, g, cu_seqlens):
@@ -155,8 +148,10 @@ def chunk_decays(c: Case, g, cu_seqlens):
     if not c.is_gated:
         return None
     decays = torch.empty(g.shape, dtype=torch.float32, device=g.device)
-    decay_kernel[(c.heads, c.segments)](
-        g, decays, cu_seqlens, c.T, c.H, c.segments, C=CHUNK, STEP=c.step, VARLEN=c.is_packed, num_warps=1
+    BH = min(triton.next_power_of_2(c.H), 32)
+    parts = min(triton.cdiv(c.T, ANCHOR), 64)
+    decay_kernel[(c.documents * triton.cdiv(c.H, BH), parts)](
+        g, decays, cu_seqlens, c.T, c.H, BH=BH, C=CHUNK, STEP=ANCHOR, VARLEN=c.is_packed, num_warps=4
     )
     return decays
 
@@ -179,8 +174,13 @@ def largest(c: Case, do, dfinal, scale: float) -> torch.Tensor:
     return out
 
 
+def in_place_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The memory of x as another dtype of the same size, or memory of its own."""
+    return x.view(dtype) if x.dtype.itemsize == dtype.itemsize else torch.empty_like(x, dtype=dtype)
+
+
 def backward(
-    c: Case, q, k, v, beta, g, x, shift, starts, ends, maps, do, dfinal, cu_seqlens, scale: float, wants_initial: bool
+    c: Case, q, k, v, beta, g, x, shift, starts, maps, do, dfinal, cu_seqlens, scale: float, wants_initial: bool
 ):
     """dq, dk, dv, dbeta, dg (None without a gate), dinitial (None unless wanted).
 
@@ -195,8 +195,8 @@ def backward(
     single = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
     most = largest(c, do, dfinal, scale)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    dk_half = dk.view(x.dtype)
-    dr = dv.view(x.dtype) if c.whole else torch.empty_like(x)
+    dk_half = in_place_of(dk, x.dtype)
+    dr = in_place_of(dv, x.dtype) if c.whole else torch.empty_like(x)
     dbeta = single(VP // BV, B, T, H)
     dinitial = single(c.documents, H, c.K, c.V) if wants_initial else None
     part = B * T * H
@@ -218,16 +218,14 @@ def backward(
     if n > 1:
         offsets, dlast = single(heads, n, c.K, c.V), single(heads, n, c.K, c.V)
         write_kernel[(heads * (VP // BV), n)](
-            *inputs, *[None] * 10, offsets, cu_seqlens, shift, most, scale, *sizes,
-            MAP=True, KEYS=False, WALK=False, **writing,
+            *inputs, *[None] * 8, offsets, cu_seqlens, shift, most, scale, *sizes,
+            MAP=True, KEYS=False, **writing,
         )  # fmt: skip
         scan(c, maps, offsets, dfinal, dlast, None, shift, reverse=True, retry=0)
-    walks = c.walks_back
     write_kernel[(heads * (VP // BV), n)](
-        *inputs, dlast, ends, None if c.whole and not walks else written(c, dv, 1, BV),
-        None if walks else written(c, dr, 1, BV), written(c, dq, GB, KP) if walks else None,
-        written(c, dk if walks else dk_half, 1, KP), dbeta, pairs, z, anchors, dinitial, cu_seqlens, shift, most,
-        scale, *sizes, MAP=False, KEYS=c.whole, WALK=walks, **writing,
+        *inputs, dlast, None if c.whole else written(c, dv, 1, BV), written(c, dr, 1, BV), written(c, dk_half, 1, KP),
+        dbeta, pairs, z, anchors, dinitial, cu_seqlens, shift, most, scale, *sizes,
+        MAP=False, KEYS=c.whole, **writing,
     )  # fmt: skip
     if not c.whole:
         GB = group_block(c.G, key.group)
@@ -237,15 +235,14 @@ def backward(
             written(c, dk_half, 1, key.tile), pairs, z, anchors, cu_seqlens, most, scale, T, H, n, part,
             GB=GB, BK=key.tile, STAGES=key.stages, num_warps=key.num_warps, **flags,
         )  # fmt: skip
-    if not walks:
-        GB = group_block(c.G, query.group)
-        query_kernel[(heads * (KP // BK), n)](
-            rows(c, q, GB, BK), rows(c, k, 1, BK), rows(c, k, 1, KP), rows(c, q, GB, KP), rows(c, x, 1, VP), beta,
-            decays, rows(c, do, GB, VP), rows(c, dr, 1, VP), starts, rows(c, dk_half, 1, BK), written(c, dq, GB, BK),
-            written(c, dk, 1, BK), written(c, dv, 1, VP) if c.whole else None, y, anchors, edges, cu_seqlens, shift,
-            most, scale, *sizes, edge_part,
-            GB=GB, BK=BK, STAGES=query.stages, num_warps=query.num_warps, **flags,
-        )  # fmt: skip
+    GB = group_block(c.G, query.group)
+    query_kernel[(heads * (KP // BK), n)](
+        rows(c, q, GB, BK), rows(c, k, 1, BK), rows(c, k, 1, KP), rows(c, q, GB, KP), rows(c, x, 1, VP), beta,
+        decays, rows(c, do, GB, VP), rows(c, dr, 1, VP), starts, rows(c, dk_half, 1, BK), written(c, dq, GB, BK),
+        written(c, dk, 1, BK), written(c, dv, 1, VP) if c.whole else None, y, anchors, edges, cu_seqlens, shift,
+        most, scale, *sizes, edge_part,
+        GB=GB, BK=BK, STAGES=query.stages, num_warps=query.num_warps, **flags,
+    )  # fmt: skip
     if c.normalizes and KP != BK:
         for value, gradient in ((q, dq), (k, dk)):
             block = max(1, 4096 // KP)
