@@ -16,8 +16,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: install
-	$(VENV)/bin/deltanet-convert demo -o quickstart/student --hybrid global2 --overwrite
-	$(VENV)/bin/deltanet-generate quickstart/student "Once upon a time" --max-new-tokens 60
+	$(VENV)/bin/deltanet-distill recipes/quickstart.yaml -o quickstart
+	$(VENV)/bin/deltanet-generate quickstart/export "Once upon a time" --max-new-tokens 60
 
 test: install
 	$(VENV)/bin/python -m pytest -n 2
