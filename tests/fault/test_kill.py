@@ -17,7 +17,10 @@ DEADLINE = 240
 
 def start(recipe, run):
     code = "import sys, cli; sys.exit(cli.distill_main(sys.argv[1:]))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    # A run within this process has left its own rendezvous here.
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code, str(recipe), "-o", str(run)],
         stdout=subprocess.PIPE,
