@@ -17,6 +17,7 @@ from deltanet.errors import UserError
 KILLED = """
 import os, signal, sys
 import convert.staging
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 real, calls = getattr(os, sys.argv[3]), 0
 def counting(*arguments, **options):
     global calls

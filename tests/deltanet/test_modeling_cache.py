@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import LAYOUTS, tiny_model, tokens
+from tiny_student import LAYOUTS, tiny_model, tokens
 
 from deltanet.modeling import CACHE
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tokens
+from tiny_student import tokens
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,

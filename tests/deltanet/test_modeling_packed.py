@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import LAYOUTS, tiny_model, tokens
+from tiny_student import LAYOUTS, tiny_model, tokens
 
 
 def boundaries(*lengths: int) -> torch.Tensor:

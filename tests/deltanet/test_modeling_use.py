@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import LAYOUTS, tiny_config, tiny_model, tokens
+from tiny_student import LAYOUTS, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, UserError, load_student

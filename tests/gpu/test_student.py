@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import LAYOUTS, tiny_model, tokens
+from tiny_student import LAYOUTS, tiny_model, tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 VARIANTS = {"expanded": {}, "shared": {"state_heads": "shared"}, "delta": {"mixer": "delta", "beta_max": 2.0}}
