@@ -18,8 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import deltanet.ops.triton as kernels
 import kernels as rows
+
+import deltanet.ops.triton as kernels
 from deltanet.ops.triton import configs
 
 OF = {"forward": "forward_kernel", "write": "write_kernel", "key": "key_kernel", "query": "query_kernel"}
@@ -52,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     warps = [int(n) for n in options.warps.split(",")]
     for row in options.rows:
-        B, T, HQ, H, D, _ = rows.ROWS[row]
+        _, _, HQ, H, D, _ = rows.ROWS[row]
         made = (1, 512, HQ, H, D, rows.ROWS[row][5]) if options.compile_only else rows.ROWS[row]
         tensors, do, more = rows.made(*made)
         g = more.pop("g", None)
@@ -81,7 +82,8 @@ def main() -> None:
             table[D] = shipped
             if not options.compile_only:
                 best = ", ".join(
-                    f"{c.tile}/{c.num_warps}/{c.stages}/{c.group}: {t:.0f}" for t, c in sorted(results, key=lambda x: x[0])
+                    f"{c.tile}/{c.num_warps}/{c.stages}/{c.group}: {t:.0f}"
+                    for t, c in sorted(results, key=lambda x: x[0])
                 )
                 print(f"  {kernel} (shipped {shipped.tile}/{shipped.num_warps}/{shipped.stages}): {best}", flush=True)
 

@@ -12,13 +12,24 @@ Gradients are computed divided by `scale` and multiplied by a power of two that 
 With a gate the walks carry dS / e^{a_1} and owe it that factor, so that strong decays do not underflow.
 No sums across programs anywhere, so two runs agree bit for bit.
 """
+# ruff: noqa: SIM102, SIM108, SIM300
 
 import triton
 import triton.language as tl
 
 from .chunk import (
-    between, inverse_length, load_decays, load_rows, mm, mma, operand, span, store_rows,
-    unit_lower_inverse, unit_operand, wide,
+    between,
+    inverse_length,
+    load_decays,
+    load_rows,
+    mm,
+    mma,
+    operand,
+    span,
+    store_rows,
+    unit_lower_inverse,
+    unit_operand,
+    wide,
 )  # fmt: skip
 from .forward import power_of_two
 
@@ -37,7 +48,7 @@ def loss_scale(largest):
 def spanned(Xt, rq, rc, DT: tl.constexpr):
     """For every token t, the sum of Xt[j, i] over j < t <= i: what the decay at t scales. Xt [C, C*GB]."""
     upto = tl.where(rq[:, None] >= rc[None, :], 1.0, 0.0)
-    sums = tl.dot(Xt, upto, input_precision="tf32x3" if DT == tl.float32 else "tf32")
+    sums = tl.dot(Xt, upto, input_precision="tf32x3" if tl.float32 == DT else "tf32")
     return tl.sum(tl.where(rc[:, None] < rc[None, :], sums, 0.0), 0)
 
 
@@ -62,7 +73,7 @@ def query_rows(
 
 @triton.jit
 def key_from_queries(dKt, gate, Pt, xt, dot, qt, bc, between_t, rq, rc, C: tl.constexpr, GATED: tl.constexpr):
-    """Adds dP^T Q to dK^T [K, C], and the pairs' part of dg; Pt [C, C*GB] masked and decayed, xt [V, C], dot [V, C*GB]."""
+    """Adds dP^T Q to dK^T [K, C], and the pairs' part of dg; Pt [C, C*GB] masked, decayed; xt, dot [V, .]."""
     dPt = tl.where(rq[None, :] >= rc[:, None], mm(tl.trans(xt), dot) * bc[:, None], 0.0)
     if GATED:
         gate += spanned(Pt * dPt, rq, rc, qt.dtype)
@@ -319,7 +330,8 @@ def key_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads", "part", "edge_part"])
 def query_kernel(
-    q, k, k_full, q_full, x, beta, decays, do, dr, start, dk_half, dq, dk, dv, dy, anchors, edges, cu, shift, largest, scale,
+    q, k, k_full, q_full, x, beta, decays, do, dr, start, dk_half, dq, dk, dv, dy, anchors, edges, cu, shift, largest,
+    scale,
     T, H, nseg, heads, part, edge_part,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -327,8 +339,8 @@ def query_kernel(
     DT: tl.constexpr,
 ):  # fmt: skip
     """The last walk, from the first chunk to the last, S [BK, VP] in registers, built again from `start`. Grid
-    (documents * H * K tiles, segments). Reads k, x, beta, do, dr, dk_half (q, decays if GATED); writes dq and dk, and dv
-    unless None.
+    (documents * H * K tiles, segments). Reads k, x, beta, do, dr, dk_half (q, decays if GATED); writes dq, dk,
+    and dv unless None.
     GATED: per K tile, S's part of dg (`dy`), and <S, dS> every STEP tokens (`edges`).
     NORM: where one tile holds whole rows, the gradients are those of q and k before they were brought to length one."""
     NK: tl.constexpr = KP // BK
@@ -354,12 +366,12 @@ def query_kernel(
     row = (wide(b) * T) * H + h
     bc = tl.load(beta + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
     if GATED:
-        a, aq, a_first, total = load_decays(decays, row, t0, t0, t1, H, C, GB)
+        a, aq, _first, total = load_decays(decays, row, t0, t0, t1, H, C, GB)
     for t in tl.range(t0, t1, C, num_stages=STAGES, disable_licm=True):
         after = t + C + rc
         b_next = tl.load(beta + row + after.to(tl.int64) * H, mask=after < t1, other=0.0)
         if GATED:
-            a_next, aq_next, first_next, total_next = load_decays(decays, row, t + C, t0, t1, H, C, GB)
+            a_next, aq_next, _first, total_next = load_decays(decays, row, t + C, t0, t1, H, C, GB)
         k_rows = load_rows(k, b, t, t1, T, h, H, i_k * BK, 0, C, 1, 1, K, BK, TMA, False)
         kt16 = tl.trans(operand(k_rows, DT))
         if NORM:
@@ -408,7 +420,7 @@ def query_kernel(
             kt_left = (kt16.to(tl.float32) * (bc * tl.exp(total - a))[None, :]).to(DT)
             S = S * tl.exp(total)
             tl.store(dy + wide(i_k) * part + row + (t + rc).to(tl.int64) * H, y, mask=t + rc < t1)
-            a, aq, a_first, total = a_next, aq_next, first_next, total_next
+            a, aq, total = a_next, aq_next, total_next
         else:
             kt_left = (kt16.to(tl.float32) * bc[None, :]).to(DT)
         S = mma(kt_left, x16, S)

@@ -1,9 +1,10 @@
 """What the delta-rule kernels share: rows of a chunk in and out, decays, the C x C inverse, products.
 
-Everything a kernel keeps between two products stays in registers: the accumulator of a product is, register for register,
-a left operand, and its transpose a right operand. `tl.trans(x).to(dtype)` (transpose first, round second) is what makes
-the compiler see it. Letters as in README.md: C tokens of a chunk, G query heads per state head, of which GB at a time.
+Everything a kernel keeps between two products stays in registers: the accumulator of a product is, register for
+register, a left operand, and its transpose a right operand. `tl.trans(x).to(dtype)` (transpose first, round second) is
+what makes the compiler see it. C tokens of a chunk, G query heads per state head, of which GB at a time.
 """
+# ruff: noqa: SIM102, SIM108, SIM300
 
 import triton
 import triton.language as tl
@@ -37,7 +38,7 @@ def mma(a, b, acc):
 def operand(x, DT: tl.constexpr):
     """x as an operand of products. bf16 -> fp16 is opaque to the compiler, so that it is done once, on registers, and
     not once for every form that a product wants; exact for 6e-5 <= |x| <= 65504."""
-    if x.dtype == tl.bfloat16 and DT == tl.float16:
+    if x.dtype == tl.bfloat16 and tl.float16 == DT:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 lo, hi; shl.b32 lo, $1, 16; and.b32 hi, $1, 0xffff0000; cvt.rn.f16x2.f32 $0, hi, lo; }",
             "=r,r",
@@ -146,7 +147,7 @@ def between(a_row, a_col):
 
 @triton.jit
 def unit_lower_inverse(nL, nLt, C: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, DT: tl.constexpr):
-    """D = (I + L)^-1 (if LOWER) and its transpose (if UPPER); L strictly lower, nL = -L where i > j, nLt = -L^T where j > i.
+    """D = (I + L)^-1 (if LOWER), its transpose (if UPPER); nL = -L where i > j, nLt = -L^T where j > i.
 
     Blocks double, D <- D - D Loff D, so nothing cancels. D and D^T are carried side by side, because the accumulator
     of the one is the right operand of the other's product."""

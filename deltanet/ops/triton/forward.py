@@ -2,18 +2,27 @@
 
 A chunk of C = 16 tokens that starts from S_0 (all decays g = 0 when there is no gate; a_i = g_1 + .. + g_i):
 
-    N = tril*(K K^T o G)    G_ij = exp(a_i - a_j)    W = V - diag(e^a) K S_0     X = (I + N diag(b))^-1 W    U = diag(b) X
-    O = scale (diag(e^a) Q S_0 + tril(Q K^T o G) U)                              S_1 = e^{a_C} S_0 + K^T diag(e^{a_C - a}) U
+    N = tril*(K K^T o G)   G_ij = exp(a_i - a_j)   W = V - diag(e^a) K S_0   X = (I + N diag(b))^-1 W   U = diag(b) X
+    O = scale (diag(e^a) Q S_0 + tril(Q K^T o G) U)             S_1 = e^{a_C} S_0 + K^T diag(e^{a_C - a}) U
 
 X_t = v_t - (what the state held for k_t): kept for the backward, in place of v, U and W.
 """
+# ruff: noqa: SIM102, SIM108, SIM300
 
 import triton
 import triton.language as tl
 
 from .chunk import (
-    between, load_decays, load_rows, mm, mma, span, store_rows, unit_lower_inverse,
-    unit_operand, wide,
+    between,
+    load_decays,
+    load_rows,
+    mm,
+    mma,
+    span,
+    store_rows,
+    unit_lower_inverse,
+    unit_operand,
+    wide,
 )  # fmt: skip
 
 
@@ -92,12 +101,12 @@ def forward_kernel(
     row = (wide(b) * T) * H + h
     bc = tl.load(beta + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
     if GATED:
-        a, aq, a_first, total = load_decays(decays, row, t0, t0, t1, H, C, GB)
+        a, aq, _first, total = load_decays(decays, row, t0, t0, t1, H, C, GB)
     for t in tl.range(t0, t1, C, num_stages=STAGES, disable_licm=True):
         after = t + C + rc
         b_next = tl.load(beta + row + after.to(tl.int64) * H, mask=after < t1, other=0.0)
         if GATED:
-            a_next, aq_next, first_next, total_next = load_decays(decays, row, t + C, t0, t1, H, C, GB)
+            a_next, aq_next, _first, total_next = load_decays(decays, row, t + C, t0, t1, H, C, GB)
         k16 = unit_operand(load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False), NORM, DT)
         vt = tl.trans(load_rows(v, b, t, t1, T, h, H, tl.where(is_map, 0, i_v * BV), 0, C, 1, 1, V, BV, TMA, False))
         vt = vt.to(tl.float32)
@@ -138,7 +147,7 @@ def forward_kernel(
         if GATED:
             U16 = (Ut * tl.exp(total - a)[None, :]).to(DT)
             St = St * tl.exp(total)
-            a, aq, a_first, total = a_next, aq_next, first_next, total_next
+            a, aq, total = a_next, aq_next, total_next
         St = mma(U16, k16, St)
         bc = b_next.to(tl.float32)
     if MAP:
@@ -148,8 +157,8 @@ def forward_kernel(
     else:
         if seg == nseg - 1:
             tl.store(final + wide(nh) * K * V + rk * V + rv, St / factor, mask=in_state)
-        if RETRY == 0 and DT == tl.float16:
-            # a write that overflowed stays in the state, and the comparison fails for it; 4096 leaves room for gradients
+        if RETRY == 0 and tl.float16 == DT:
+            # what overflowed stays in the state and fails the comparison; 4096 leaves room for gradients
             fits = tl.min(tl.min(tl.where(tl.abs(St) < 4096.0, 1, 0), 1), 0)
             if fits == 0:
                 tl.store(shift + nh, 1)

@@ -4,7 +4,7 @@
 
 y_i and z_j are what token i reads of S_0 and what token j leaves in dS_1. No walk holds both states, but with
 E = <S_0, dS_0> a chunk's  c = E - sum y  and the next chunk's E = c + sum z, from an exact E every STEP tokens. Where a
-chunk keeps less of its state than the operands' rounding (a_C < FORGOTTEN), c is taken as 0: the difference would be noise.
+chunk keeps less of its state than the operands' rounding (a_C < FORGOTTEN), c is taken as 0: it would be noise.
 """
 
 import triton

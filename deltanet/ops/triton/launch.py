@@ -1,7 +1,7 @@
-"""The host's side of the kernels: allocate, choose, launch. Plain functions on tensors; operator.py makes them operators.
+"""The host's side of the kernels: allocate, choose, launch. Plain functions; operator.py makes them operators.
 
-Kernels read tensors through tensor maps where the card and the strides allow it (Hopper, rows of a multiple of 16 bytes,
-half precision), else through pointers. No function here looks at a value on the device.
+Kernels read tensors through tensor maps where the card and the strides allow it (Hopper, rows of a multiple of 16
+bytes, half precision), else through pointers. No function here looks at a value on the device.
 """
 
 from dataclasses import dataclass

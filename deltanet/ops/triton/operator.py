@@ -1,7 +1,7 @@
 """The kernels as PyTorch operators: one forward, one backward, one decoding step that writes the state in place.
 
-Operators with fake kernels and a registered gradient, so `torch.compile(fullgraph=True)` and activation checkpointing see
-one node each. Same arguments and contract as `deltanet.ops.delta_rule`.
+Operators with fake kernels and a registered gradient, so `torch.compile(fullgraph=True)` and activation checkpointing
+see one node each. Same arguments and contract as `deltanet.ops.delta_rule`.
 """
 
 import os

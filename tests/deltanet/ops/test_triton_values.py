@@ -13,8 +13,9 @@ if not torch.cuda.is_available():
 
 import dataclasses
 
-import deltanet.ops.triton as kernels
 from delta_inputs import error, gradients, inputs
+
+import deltanet.ops.triton as kernels
 from deltanet.ops import reference
 from deltanet.ops.triton import launch, operator
 
