@@ -38,7 +38,7 @@ class _Version(argparse.Action):
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, call: Callable) -> int:
     """Parses, calls, and turns errors into one line on stderr and an exit code."""
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # KEY.PATH=VALUE may follow an option
     try:
         call(arguments)
         return 0

@@ -211,7 +211,7 @@ def _calibrate(
     from .text import calibration_text
 
     teacher = load_teacher(folder, torch.float32)
-    with progress("reading the calibration text", 32768, "tokens") as advance:
+    with progress("writing the calibration text", texts.count("self")) as advance:
         text = calibration_text(texts, held_out, tokenizer, teacher, seed=seed, advance=advance)
     student = student_from_teacher(teacher, plan.config, share=True)
     with progress("calibrating", plan.config.num_hidden_layers, "layers") as advance:

@@ -27,6 +27,7 @@ def progress(label: str, total: float, unit: str = "") -> Iterator[Callable[[flo
         done += amount
         if time.monotonic() - last >= SILENCE:
             last = time.monotonic()
-            print(f"{label}: {done:.4g} of {total:.4g} {unit}".rstrip(), file=sys.stderr, flush=True)
+            counted = f" ({done:.4g} of {total:.4g} {unit})" if unit else ""
+            print(f"{label}: {done / total:.0%}{counted}", file=sys.stderr, flush=True)
 
     yield advance

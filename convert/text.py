@@ -51,8 +51,8 @@ def calibration_text(
     `held_out_tokens` set aside.
 
     Without `held_out` (a file) the last tenth of every source is set aside. A short source gives what it has. The
-    teacher is needed for `self` only; `advance` is told the number of tokens it has written. Raises UserError for an
-    unreadable file, or one with too little text for a single window.
+    teacher is needed for `self` only; `advance` is told what share of its text each step has written. Raises UserError
+    for an unreadable file, or one with too little text for a single window.
     """
     if tokens is None:
         tokens = MOST_TOKENS if teacher is None else enough_tokens(teacher.config)
@@ -64,7 +64,9 @@ def calibration_text(
         if source == "self":
             if teacher is None:
                 raise UserError("--calibrate self: needs a teacher to write the text")
-            written = write_text(teacher, tokenizer, share + aside * (not held_out), length, seed, advance)
+            windows = share + aside * (not held_out)
+            told = None if advance is None else lambda count, size=windows * (length - 1): advance(count / size)
+            written = write_text(teacher, tokenizer, windows, length, seed, told)
             fit.append(written[:share])
             kept.append(written[share:])
             continue

@@ -217,7 +217,7 @@ class _Run:
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in names - matrices)
         if self.settings.zero_stage < 3:
-            share_frozen(student, self.teacher)
+            share_frozen(student.to(self.world.device), self.teacher)
         if stage.lora:
             lora.adapt(student, matrices, stage, training.seed + plan.index)
             if commit is not None:
