@@ -8,6 +8,8 @@ NaN, and bitwise equality over repeated runs. One line per case; exit code 1 whe
 flash-linear-attention's errors for the same bfloat16 inputs beside ours.
 """
 
+# ruff: noqa: E402, C408
+
 import argparse
 import sys
 import time
@@ -19,8 +21,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests/deltanet/ops")]
 
-import deltanet.ops.triton as kernels
 from delta_inputs import error, gradients, inputs
+
+import deltanet.ops.triton as kernels
 from deltanet.ops import chunk
 from deltanet.ops.triton import launch, operator
 
@@ -138,9 +141,8 @@ def main() -> int:
             f"{verdict} {made} {str(dtype)[6:]} seg {segments} norm {normalize} | {text} | finite {finite} same {same}",
             flush=True,
         )
-    print(
-        f"{broken} broken; worst { ({str(d)[6:]: round(e, 5) for d, e in worst.items()}) }; {time.time() - started:.0f} s"
-    )
+    rounded = {str(dtype)[6:]: round(value, 5) for dtype, value in worst.items()}
+    print(f"{broken} broken; worst {rounded}; {time.time() - started:.0f} s")
     if options.peer:
         compare_with_peer()
     return 1 if broken else 0

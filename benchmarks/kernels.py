@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [--peer] [--rows a,b] [--json out.json]
 
-Device time: medians of CUDA-graph replays. With --peer every row runs in a process of its own, so that the peer tunes on
-the very shape that is timed. "floor" is the time to copy as many bytes as the operation must move at the measured copy
-bandwidth: q, k, v, beta in and o out; for the backward also do in and the gradients out, q, k, v, beta read again.
+Device time: medians of CUDA-graph replays. With --peer every row runs in a process of its own, so that the peer tunes
+on the very shape that is timed. "floor" is the time to copy as many bytes as the operation must move, at the measured
+bandwidth of a copy: q, k, v, beta in and o out; for the backward also do in, the gradients out, and the inputs again.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def measure(name: str, peer: bool) -> dict:
         found["sdpa"] = both(attention, (q, *expanded[:2]), do)
     else:
         return found
-    options = dict(use_qk_l2norm_in_kernel=more["normalize_qk"], initial_state=more.get("initial_state"))
+    options = {"use_qk_l2norm_in_kernel": more["normalize_qk"], "initial_state": more.get("initial_state")}
     if g is None:
         from fla.ops.delta_rule import chunk_delta_rule
 
@@ -155,7 +155,7 @@ def decoding() -> list[str]:
         beta = torch.rand(B, 1, 32, device="cuda").bfloat16()
         states = [torch.randn(B, 32, 64, 64, device="cuda") for _ in range(4)]
 
-        def steps():
+        def steps(q=q, k=k, v=v, beta=beta, states=states):
             for state in states:
                 kernels.delta_rule_step_(q, k, v, beta, state)
 
