@@ -12,7 +12,6 @@ Gradients are computed divided by `scale` and multiplied by a power of two that 
 With a gate the walks carry dS / e^{a_1} and owe it that factor, so that strong decays do not underflow.
 No sums across programs anywhere, so two runs agree bit for bit.
 """
-# ruff: noqa: SIM102, SIM108, SIM300
 
 import triton
 import triton.language as tl

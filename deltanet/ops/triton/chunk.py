@@ -4,7 +4,6 @@ Everything a kernel keeps between two products stays in registers: the accumulat
 register, a left operand, and its transpose a right operand. `tl.trans(x).to(dtype)` (transpose first, round second) is
 what makes the compiler see it. C tokens of a chunk, G query heads per state head, of which GB at a time.
 """
-# ruff: noqa: SIM102, SIM108, SIM300
 
 import triton
 import triton.language as tl

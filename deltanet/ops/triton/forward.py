@@ -7,7 +7,7 @@ A chunk of C = 16 tokens that starts from S_0 (all decays g = 0 when there is no
 
 X_t = v_t - (what the state held for k_t): kept for the backward, in place of v, U and W.
 """
-# ruff: noqa: SIM102, SIM108, SIM300
+# ruff: noqa: SIM102, SIM108
 
 import triton
 import triton.language as tl
