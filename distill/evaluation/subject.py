@@ -1,0 +1,70 @@
+"""A model to be measured, with what its measurements need to know. Twin: tests/distill/evaluation/test_subject.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from convert.command import load_tokenizer
+from convert.sources import open_source
+from deltanet import DeltaNetConfig
+from deltanet.errors import UserError
+from deltanet.generate import pick_device, pick_dtype
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A student or a plain transformer, in evaluation mode on `device`.
+
+    name is what the user called it; max_context is the longest text, in tokens, that its positions allow.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    max_context: int
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is a model of ours with at least one layer on the delta rule."""
+        config = self.model.config
+        return isinstance(config, DeltaNetConfig) and "linear_attention" in config.layer_types
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids both the tokenizer and the model know; rows of the head beyond are padding."""
+        return min(self.model.config.get_text_config().vocab_size, len(self.tokenizer))
+
+
+def load_subject(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Subject:
+    """The model in `path`: a checkpoint folder, or whatever else `deltanet-convert` takes as its source.
+
+    device `auto` is the first CUDA device, else the CPU; dtype `auto` is the checkpoint's own on CUDA and float32 on
+    a CPU, where lower precision saves no time and blurs comparisons. Raises UserError for a folder that is missing, is
+    no checkpoint, has no tokenizer, or whose tensors do not fit its configuration.
+    """
+    where, kind = pick_device(device), pick_dtype(dtype)
+    if kind == "auto" and where.type == "cpu":
+        kind = torch.float32
+    logging.disable_progress_bar()
+    with open_source(str(path)) as source:
+        tokenizer = load_tokenizer(source.folder)
+        if tokenizer is None:
+            raise UserError(f"{path}: has no tokenizer (no tokenizer.json), so no text can be read")
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(source.folder, dtype=kind, output_loading_info=True)
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{path}: cannot be loaded: {reason}") from error
+    for what in ("missing", "unexpected", "mismatched"):
+        if names := sorted(map(str, info.get(f"{what}_keys") or ())):
+            raise UserError(f"{path}: the weights do not fit the configuration: {what} {', '.join(names[:5])}")
+    model = model.to(where).eval().requires_grad_(False)
+    longest = model.config.get_text_config().max_position_embeddings
+    return Subject(str(path), model, tokenizer, where, model.dtype, longest)

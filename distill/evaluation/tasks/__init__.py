@@ -1,0 +1,3 @@
+"""The generated tasks by name."""
+
+TASKS: dict = {}
