@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .config import DeltaNetConfig
 from .errors import UserError
 from .mixer import Convolution, DeltaMixer, Neutral
+from .packed_attention import packed_attention
 
 # transformers 5.24 renamed the argument and the output field from `past_key_values` to `cache`.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -76,6 +77,8 @@ class Attention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         cache=None,
+        cu_seqlens: torch.Tensor | None = None,
+        longest: int | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = hidden_states.shape[:-1]
@@ -90,6 +93,9 @@ class Attention(nn.Module):
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
+        if longest is not None:
+            out = packed_attention(q, k, v, cu_seqlens, longest, scale=self.scaling, window=self.sliding_window)
+            return self.o_proj(out.reshape(*shape, -1)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, weights = attend(
             self,
@@ -210,8 +216,12 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             _teach_length(cache)
             cache.seen_tokens = _seen_tokens(cache) + tokens
 
-        masks = attention_mask
-        if not isinstance(masks, dict):
+        masks, longest = attention_mask, None
+        packs = self.config._attn_implementation == "sdpa" and not self.config.attention_dropout
+        if cu_seqlens is not None and packs:
+            # No mask, which would be as large as the square of the row.
+            masks, longest = dict.fromkeys(self.config.layer_types), int(cu_seqlens.diff().max())
+        elif not isinstance(masks, dict):
             masks = self._masks(inputs_embeds, attention_mask, position_ids, cache)
         hidden_states = inputs_embeds
         rotations = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -223,6 +233,7 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
                 attention_mask=masks[block.layer_type],
                 cache=cache,
                 cu_seqlens=cu_seqlens,
+                longest=longest,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
