@@ -1,0 +1,116 @@
+"""How likely a model finds a continuation of a context, for many pairs at once.
+
+Texts become ids as evaluation harnesses do it: the whole is tokenised, and the continuation is what comes after the
+context's own tokens; white space between the two belongs to the continuation. Rows are padded on the right, where a
+causal model cannot see, so a batch gives what single rows give. Twin: tests/distill/evaluation/test_scoring.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deltanet.errors import UserError
+
+from .subject import Subject
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+LOGIT_BYTES = 2**29  # of the float32 logits of a batch
+
+
+@dataclass(frozen=True)
+class Request:
+    """ids of context and continuation; the continuation starts at `start` (at least 1). is_cut: its context lost
+    tokens on the left, to fit the model's range."""
+
+    ids: tuple[int, ...]
+    start: int
+    is_cut: bool = False
+
+
+@dataclass(frozen=True)
+class Score:
+    """log_likelihood: natural log of the probability of the whole continuation; is_greedy: each of its tokens is the
+    one the model expects most."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+def encode(subject: Subject, context: str, continuation: str) -> Request:
+    """Raises UserError for an empty continuation, and for one that leaves no room for a token before it."""
+    stripped = context.rstrip()
+    continuation, context = context[len(stripped) :] + continuation, stripped
+    tokenizer = subject.tokenizer
+    opening = opening_ids(tokenizer)
+    before = tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"] if context else []
+    whole = tokenizer(context + continuation, add_special_tokens=False, verbose=False)["input_ids"]
+    if not opening and not before:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        opening = [] if start is None else [start]
+    ids, start = opening + whole, len(opening) + len(before)
+    if not 0 < start < len(ids):
+        raise UserError(f"continuation {continuation!r}: nothing to score after the context {context[-40:]!r}")
+    surplus = max(len(ids) - subject.max_context, 0)
+    if surplus >= start:
+        raise UserError(f"continuation {continuation[:40]!r}...: longer than the model's range, {subject.max_context}")
+    return Request(tuple(ids[surplus:]), start - surplus, surplus > 0)
+
+
+def opening_ids(tokenizer) -> list[int]:
+    """What the tokenizer itself puts before a text; [] for many."""
+    own, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for first in range(len(own) - len(bare) + 1):
+        if own[first : first + len(bare)] == bare:
+            return own[:first]
+    return []
+
+
+@torch.no_grad()
+def score(
+    subject: Subject,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int | None = None,
+    advance: Callable[[float], None] = lambda amount: None,
+) -> list[Score]:
+    """A score for each request, in their order. batch_tokens: of a padded batch; by default by device and vocabulary.
+
+    Requests that differ in their last token only share a row. `advance(n)` tells how many requests are done.
+    """
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        rows.setdefault(request.ids[:-1], []).append(index)
+    if batch_tokens is None:
+        width = subject.model.config.get_text_config().vocab_size
+        batch_tokens = min(BATCH_TOKENS.get(subject.device.type, 2048), max(LOGIT_BYTES // (4 * width), 1))
+    scores: list[Score | None] = [None] * len(requests)
+    order = sorted(rows, key=len, reverse=True)
+    first = 0
+    while first < len(order):
+        batch = order[first : first + max(batch_tokens // len(order[first]), 1)]
+        first += len(batch)
+        wanted = [(row, requests[index], index) for row, ids in enumerate(batch) for index in rows[ids]]
+        for (_, _, index), found in zip(wanted, _score_batch(subject, batch, wanted)):
+            scores[index] = found
+        advance(len(wanted))
+    return scores
+
+
+def _score_batch(subject: Subject, batch: list[tuple[int, ...]], wanted: list[tuple]) -> list[Score]:
+    longest = len(batch[0])
+    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    for row, known in enumerate(batch):
+        ids[row, : len(known)] = torch.tensor(known)
+    # Position i says what comes at i + 1; only those that a continuation needs get logits.
+    first = min(request.start for _, request, _ in wanted) - 1
+    keep = torch.arange(first, longest, device=subject.device)
+    logits = subject.model(ids.to(subject.device), use_cache=False, logits_to_keep=keep).logits
+    found = []
+    for row, request, _ in wanted:
+        targets = torch.tensor(request.ids[request.start :], device=logits.device)
+        begin = request.start - 1 - first
+        logs = logits[row, begin : begin + len(targets)].float().log_softmax(-1)
+        likelihood = logs.gather(-1, targets[:, None]).double().sum().item()
+        found.append(Score(likelihood, bool((logs.argmax(-1) == targets).all())))
+    return found

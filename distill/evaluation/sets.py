@@ -1,0 +1,276 @@
+"""Standard sets out of jsonl files: the format is told by the keys of a row (docs/evaluate.md lists them).
+
+A set gives one result or several, all from the same scores:
+  NAME            cloze: the continuation is what the model says itself (greedily); choices: the likeliest option
+  NAME_norm       choices: the likeliest option per character, so that short options have no advantage
+  NAME_letters    choices as a question with lettered options, asked in every rotation: does it say what, or where?
+Twin: tests/distill/evaluation/test_sets.py.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deltanet.errors import UserError
+
+from .result import TaskResult, mean, share
+from .scoring import Request, Score, encode, score
+from .subject import Subject
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """A text and the one continuation that is right."""
+
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question and its options, each as it stands after the question; `gold` counts from 0."""
+
+    context: str
+    options: tuple[str, ...]
+    gold: int
+    question: str = ""
+
+
+Row = Cloze | Choice
+
+
+@dataclass(frozen=True)
+class StandardSet:
+    """The rows of one file, all of one kind. It runs like a generated task, but `run` gives several results."""
+
+    name: str
+    rows: Sequence[Row] = field(repr=False)
+
+    def run(
+        self,
+        subject: Subject,
+        *,
+        limit: int | None = None,
+        advance: Callable[[float], None] = lambda amount: None,
+    ) -> list[TaskResult]:
+        """The results on the first `limit` rows. `advance(share)` tells how much of the work is done."""
+        rows = self.rows[:limit]
+        if isinstance(rows[0], Cloze):
+            requests = [encode(subject, row.context, row.continuation) for row in rows]
+            scores = score(subject, requests, advance=lambda n: advance(n / len(requests)))
+            return [_cloze(self.name, rows, scores)]
+        plain = [encode(subject, row.context, option) for row in rows for option in row.options]
+        lettered = [request for row in rows for request in _lettered_requests(subject, row)]
+        total = len(plain) + len(lettered)
+        scores = score(subject, plain + lettered, advance=lambda n: advance(n / total))
+        return [
+            *_choices(self.name, rows, _grouped(scores, rows, lambda row: len(row.options))),
+            _letters(self.name, rows, _grouped(scores[len(plain) :], rows, lambda row: len(row.options) ** 2)),
+        ]
+
+
+def read_set(path: str | Path) -> StandardSet:
+    """The set in a jsonl file; its name is the file's. Raises UserError naming file and line for an unreadable file, a
+    row of no known format, and a file without rows or with rows of two kinds."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--tasks {path}: unreadable: {getattr(error, 'strerror', None) or error}") from None
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_row(json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON: {error.msg}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        if type(rows[-1]) is not type(rows[0]):
+            raise UserError(f"{path}:{number}: a row of another kind than the first; give each kind a file of its own")
+    if not rows:
+        raise UserError(f"--tasks {path}: no rows in it")
+    return StandardSet(path.stem, rows)
+
+
+def _row(row: object) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    for keys, read in FORMATS.items():
+        if set(keys) <= row.keys():
+            read_row = read(row)
+            _check(read_row)
+            return read_row
+    known = "; ".join(", ".join(keys) for keys in FORMATS)
+    raise ValueError(f"no known format has the keys {', '.join(row)}; known: {known}")
+
+
+def _check(row: Row) -> None:
+    texts = (row.context, *(row.options if isinstance(row, Choice) else (row.continuation,)))
+    if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1:]):
+        raise ValueError("the context and every continuation must be text, and no continuation empty")
+    if isinstance(row, Choice):
+        if not 2 <= len(row.options) <= len(LETTERS):
+            raise ValueError(f"{len(row.options)} options; allowed: 2 to {len(LETTERS)}")
+        if not 0 <= row.gold < len(row.options):
+            raise ValueError(f"the right option is number {row.gold} of {len(row.options)}, counted from 0")
+
+
+def _joined(context: str, continuation: str) -> str:
+    """The continuation with a space before it, unless one is there already or the context ends a line."""
+    has_space = not context or context[-1].isspace() or continuation[:1].isspace()
+    return continuation if has_space else " " + continuation
+
+
+def _context_continuation(row: dict) -> Cloze:
+    return Cloze(row["context"], _joined(row["context"], row["continuation"]))
+
+
+def _last_word(row: dict) -> Cloze:
+    before, space, word = row["text"].rstrip().rpartition(" ")
+    if not space:
+        raise ValueError("text has a single word, so nothing comes before the last one")
+    return Cloze(before, " " + word)
+
+
+def _options(question: str, options: Sequence[str], gold: int) -> Choice:
+    """A question that says so is answered after `Answer:`, as the published prompts of PIQA and ARC have it."""
+    context = question.rstrip()
+    if context.startswith("Question:") and not context.endswith("Answer:"):
+        context += "\nAnswer:"
+    bare = question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
+    return Choice(context, tuple(_joined(context, option) for option in options), gold, bare)
+
+
+def _question(row: dict) -> Choice:
+    """ARC's rows (choices with text and label, answerKey) and MMLU's (choices, answer as number or letter)."""
+    options, answer = row["choices"], row["answerKey"] if "answerKey" in row else row["answer"]
+    labels = list(LETTERS)
+    if isinstance(options, dict):
+        options, labels = options["text"], options["label"]
+    gold = answer if isinstance(answer, int) else labels.index(answer)
+    return _options(f"Question: {row['question']}", options, gold)
+
+
+FORMATS: dict[tuple[str, ...], Callable[[dict], Row]] = {
+    ("context", "continuation"): _context_continuation,
+    ("query", "choices", "gold"): lambda row: _options(row["query"], row["choices"], int(row["gold"])),
+    ("goal", "sol1", "sol2", "label"): lambda row: _options(
+        f"Question: {row['goal']}", (row["sol1"], row["sol2"]), int(row["label"])
+    ),
+    ("ctx", "endings", "label"): lambda row: _options(row["ctx"], row["endings"], int(row["label"])),
+    ("question", "choices", "answerKey"): _question,
+    ("question", "choices", "answer"): _question,
+    ("text",): _last_word,
+}
+
+
+def _grouped(scores: Sequence[Score], rows: Sequence[Choice], size: Callable[[Choice], int]) -> list[list[float]]:
+    """The log-likelihoods of each row, from the front of `scores`."""
+    values, groups = iter(scores), []
+    for row in rows:
+        groups.append([next(values).log_likelihood for _ in range(size(row))])
+    return groups
+
+
+def _cloze(name: str, rows: Sequence[Cloze], scores: Sequence[Score]) -> TaskResult:
+    right = sum(found.is_greedy for found in scores)
+    counts = Counter(row.continuation.strip() for row in rows)
+    guessed = 0.0
+    for row in rows:
+        words = {word.strip(".,;:!?\"'") for word in row.context.split()}
+        guessed += (row.continuation.strip() in words) / max(len(words), 1)
+    nats = -sum(found.log_likelihood for found in scores) / len(rows)
+    return TaskResult(
+        name,
+        **share(right, len(rows)),
+        floors={
+            "the commonest answer": counts.most_common(1)[0][1] / len(rows),
+            "a random word of the context": guessed / len(rows),
+        },
+        figures={"perplexity": math.exp(min(nats, 700.0))},
+        samples=[
+            {"context": row.context[-160:], "answer": row.continuation.strip(), "right": found.is_greedy}
+            for row, found in zip(rows[:SHOWN], scores)
+        ],
+    )
+
+
+def _choices(name: str, rows: Sequence[Choice], likelihoods: list[list[float]]) -> list[TaskResult]:
+    lengths = [[len(option.strip()) for option in row.options] for row in rows]
+    golds = [row.gold for row in rows]
+    floors = {
+        "chance": sum(1 / len(row.options) for row in rows) / len(rows),
+        "always the first": golds.count(0) / len(rows),
+        "always the last": sum(row.gold == len(row.options) - 1 for row in rows) / len(rows),
+        "the shortest": _right([[-n for n in row] for row in lengths], golds),
+        "the longest": _right(lengths, golds),
+    }
+    per_character = [[value / n for value, n in zip(*pair)] for pair in zip(likelihoods, lengths)]
+    results = []
+    for suffix, values in (("", likelihoods), ("_norm", per_character)):
+        chosen = [_largest(row) for row in values]
+        samples = [
+            {"question": row.question, "chosen": row.options[pick].strip(), "right": row.options[row.gold].strip()}
+            for row, pick in zip(rows[:SHOWN], chosen)
+        ]
+        right = sum(pick == gold for pick, gold in zip(chosen, golds))
+        results.append(TaskResult(name + suffix, **share(right, len(rows)), floors=floors, samples=samples))
+    return results
+
+
+def _largest(values: Sequence[float]) -> int:
+    """The index of the largest value; of equals the first."""
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _right(values: Sequence[Sequence[float]], golds: Sequence[int]) -> float:
+    return sum(_largest(row) == gold for row, gold in zip(values, golds)) / len(golds)
+
+
+def _lettered_requests(subject: Subject, row: Choice) -> list[Request]:
+    """Every letter after the question, for every rotation of the options; rotation r puts option i at (i + r) mod k."""
+    size, requests = len(row.options), []
+    for rotation in range(size):
+        shown = [row.options[(place - rotation) % size].strip() for place in range(size)]
+        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, shown)]
+        context = "\n".join([f"Question: {row.question}", *lines, "Answer:"])
+        requests += [encode(subject, context, f" {letter}") for letter in LETTERS[:size]]
+    return requests
+
+
+def _letters(name: str, rows: Sequence[Choice], likelihoods: list[list[float]]) -> TaskResult:
+    """Accuracy over rows and rotations, with the standard error over rows, since rotations of a row are kin."""
+    said, asked, right_at = Counter(), Counter(), Counter()
+    accuracies, steady = [], 0
+    for row, values in zip(rows, likelihoods):
+        size = len(row.options)
+        picks = [_largest(values[turn * size : (turn + 1) * size]) for turn in range(size)]
+        golds = [(row.gold + turn) % size for turn in range(size)]
+        said.update(picks)
+        asked.update(golds)
+        right_at.update(gold for pick, gold in zip(picks, golds) if pick == gold)
+        accuracies.append(sum(pick == gold for pick, gold in zip(picks, golds)) / size)
+        steady += len({(pick - turn) % size for turn, pick in enumerate(picks)}) == 1
+    total = sum(said.values())
+    commonest, times = max(sorted(said.items()), key=lambda item: item[1])
+    return TaskResult(
+        f"{name}_letters",
+        **mean(accuracies),
+        floors={"always the same letter": sum(1 / len(row.options) for row in rows) / len(rows)},
+        by_level={
+            f"right answer at {LETTERS[place]}": share(right_at[place], count) | {"said": said[place] / total}
+            for place, count in sorted(asked.items())
+        },
+        figures={
+            f"says {LETTERS[commonest]}": times / total,
+            "same answer in every order": steady / len(rows),
+        },
+    )
