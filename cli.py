@@ -66,10 +66,11 @@ def convert_parser() -> argparse.ArgumentParser:
         "examples:\n"
         "  deltanet-convert demo -o student\n"
         "  deltanet-convert llama-1b --hybrid global2 -o student\n"
-        "  deltanet-convert ./my-model --hybrid every:4 --calibrate text.jsonl -o student",
+        "  deltanet-convert ./my-model --hybrid every:4 --calibrate text.jsonl -o student\n"
+        "  deltanet-convert student --verify",
     )
     parser.add_argument("source", help="checkpoint folder, .gguf file, preset, Hub id (owner/name), or demo")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the student's folder; it must not exist")
+    parser.add_argument("-o", "--output", metavar="OUT", help="the student's folder; it must not exist")
     parser.add_argument(
         "--hybrid",
         default="global2",
@@ -112,6 +113,11 @@ def convert_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new student is complete")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="convert nothing; check that the folder SOURCE is whole: digests, tensors, tokenizer, loading",
+    )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read pytorch_model.bin where there are no safetensors"

@@ -34,6 +34,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # safetensors' own limit
+LARGEST_SIZE, MOST_DIMENSIONS = 1 << 48, 8
+"""Of a tensor in a header; beyond that a file only means to keep us busy with arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], int | None]:
         weight_map = data["weight_map"]
         sound = weight_map and all(isinstance(shard, str) for shard in weight_map.values())
         total = (data.get("metadata") or {}).get("total_size")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: unreadable index: {type(error).__name__}: {error}") from None
     if not sound:
         raise UserError(f"{index}: weight_map must say the file of every tensor")
@@ -210,14 +212,17 @@ def read_header(path: Path) -> dict[str, Entry]:
         for begin, stop, name in spans:
             if header[name]["dtype"] not in DTYPES:
                 raise UserError(f"{path}: {name} has the dtype {header[name]['dtype']}, which is not supported")
-            dtype, shape = DTYPES[header[name]["dtype"]], tuple(map(int, header[name]["shape"]))
-            if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+            dtype, shape = DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])
+            sizes = (*shape, begin, stop)
+            if len(shape) > MOST_DIMENSIONS or any(type(n) is not int or not 0 <= n < LARGEST_SIZE for n in sizes):
+                raise ValueError(f"the shape or span of {name} is not made of possible sizes")
+            if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"the bytes {begin} to {stop} of {name} do not fit {list(shape)} {dtype}")
             entries[name] = Entry(name, dtype, shape, path, 8 + length + begin, 8 + length + stop)
             end = stop
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: corrupt safetensors header: {error}") from None
     if 8 + length + end != size:
         kind = "truncated" if size < 8 + length + end else "has bytes after its last tensor"

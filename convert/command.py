@@ -5,14 +5,17 @@ Nothing is written before every check on the input has passed, and OUT appears i
 """
 
 import contextlib
+import copy
 import errno
+import inspect
 import json
 import re
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from deltanet.config import MIXERS, STATE_HEADS
@@ -24,12 +27,17 @@ from .families import teacher_config
 from .layouts import LINEAR, parse_layout
 from .plan import WEIGHT_DTYPES, Plan, make_plan, student_config
 from .progress import progress
+from .publish.card import make_card
+from .publish.files import README, RECORD
+from .publish.licences import from_head
+from .publish.manifest import MANIFEST, as_manifest
+from .publish.provenance import list_of, provenance, public_name
 from .sources import COMPANIONS, Source, open_source
 from .staging import Staging, check_target
 
+GENERATION = "generation_config.json"
 GATES = {"read": (True, False), "output": (False, True), "both": (True, True), "none": (False, False)}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-MANIFEST, RECORD = "manifest.json", "conversion.json"
 
 
 def convert(
@@ -60,7 +68,7 @@ def convert(
     finished layer. Raises UserError for every kind of wrong input,
     in which case nothing is left at `output`.
     """
-    start = time.monotonic()
+    given, start = dict(locals()), time.monotonic()
     out = Path(output)
     options = {
         "mixer": _one_of("--mixer", mixer, MIXERS),
@@ -86,7 +94,7 @@ def convert(
             "source": opened.name,
             "origin": opened.origin,
             "revision": opened.revision,
-            "licence": opened.licence,
+            **provenance(opened, given, defaults_of(convert)),
             "output": str(out),
             "layout": list(layout.layer_types),
             "picture": layout.picture(),
@@ -137,8 +145,14 @@ def convert(
 
 
 def run(arguments) -> None:
-    """The command line: converts, then prints the plan or a summary, or with --json the report as one object."""
-    options = {key: value for key, value in vars(arguments).items() if key not in ("debug", "json")}
+    """The command line: converts, then prints the plan or a summary, or with --json the report as one object; or
+    verifies."""
+    options = {key: value for key, value in vars(arguments).items() if key not in ("debug", "json", "verify")}
+    if arguments.verify:
+        _verify(options, arguments.json)
+        return
+    if arguments.output is None:
+        raise UserError("-o OUT: missing; it names the student's folder, which must not exist")
     report = convert(**options)
     if arguments.json:
         print(json.dumps(report))
@@ -146,6 +160,27 @@ def run(arguments) -> None:
     for note in report["notes"]:
         print(f"note: {note}", file=sys.stderr)
     print(describe(report))
+
+
+def _verify(options: dict, as_json: bool) -> None:
+    from .publish.verify import verify
+
+    for key, default in {"output": None, **defaults_of(convert)}.items():
+        if list_of(options[key]) != list_of(default):
+            option = "-o" if key == "output" else "--" + key.replace("_", "-")
+            raise UserError(f"{option}: --verify only checks the folder {options['source']} and takes no other option")
+    found = verify(options["source"])
+    if as_json:
+        print(json.dumps(asdict(found) | {"folder": str(found.folder)}))
+    found.refuse()
+    if not as_json:
+        print(found.describe())
+
+
+def defaults_of(function: Callable) -> dict[str, object]:
+    """The optional arguments of a function and their default values."""
+    parameters = inspect.signature(function).parameters.values()
+    return {entry.name: entry.default for entry in parameters if entry.default is not entry.empty}
 
 
 def describe(report: dict) -> str:
@@ -184,7 +219,7 @@ def load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise many kinds; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder}: unreadable tokenizer: {reason}") from None
@@ -213,7 +248,8 @@ def _calibrate(
     teacher = load_teacher(folder, torch.float32)
     with progress("writing the calibration text", texts.count("self")) as advance:
         text = calibration_text(texts, held_out, tokenizer, teacher, seed=seed, advance=advance)
-    student = student_from_teacher(teacher, plan.config, share=True)
+    # A copy, since a model in memory sets the dtype of its configuration to its own.
+    student = student_from_teacher(teacher, copy.deepcopy(plan.config), share=True)
     with progress("calibrating", plan.config.num_hidden_layers, "layers") as advance:
         fitted = calibrate(teacher, student, text.fit, folder=store, advance=advance)
     state, overrides = student.state_dict(), {}
@@ -232,21 +268,30 @@ def _calibrate(
 
 
 def _write_companions(opened: Source, plan: Plan, folder: Path, written: Written, report: dict) -> None:
-    """config.json, the source's tokenizer, templates and licences byte for byte, the record, and last the manifest."""
+    """config.json, the source's tokenizer, templates and licences byte for byte, what a reader needs beside them, the
+    record, the card, and last the manifest."""
     write_small(folder, "config.json", plan.config.to_json_string(use_diff=False), written)
     for pattern in COMPANIONS:
         for path in sorted(opened.folder.glob(pattern)):
             if path.is_file():
                 write_small(folder, str(path.relative_to(opened.folder)), path.read_bytes(), written)
     load_tokenizer(folder)
+    if GENERATION not in written.files:
+        from transformers import GenerationConfig
+
+        write_small(folder, GENERATION, GenerationConfig.from_model_config(plan.config).to_json_string(), written)
+    notice = from_head(report["licence_metadata"]).notice if report["licence_metadata"] else None
+    if notice and not any(name.startswith("NOTICE") for name in written.files):
+        write_small(folder, "NOTICE", notice + "\n", written)
     if report["closeness"] is not None:
         from .closeness import files
 
         for name, content in files(report["closeness"]).items():
             write_small(folder, name, content, written)
-    write_small(folder, RECORD, json.dumps(report, indent=2) + "\n", written)
-    files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.files.items())}
-    write_small(folder, MANIFEST, json.dumps({"format": 1, "files": files}, indent=2) + "\n", written)
+    record = report | {"source": public_name(opened), "output": Path(report["output"]).name}
+    write_small(folder, RECORD, json.dumps(record, indent=2) + "\n", written)
+    write_small(folder, README, make_card(folder), written)
+    write_small(folder, MANIFEST, as_manifest(written.files), written)
 
 
 def _refuse_full_disk(out: Path, num_bytes: int) -> None:

@@ -161,7 +161,7 @@ def _write_tensor(file, move: Move, checkpoint: Checkpoint, override, advance) -
             part = data[offset : offset + PIECE]
             buffer = file.free.get()
             buffer[: len(part)] = part
-            _refuse_nonfinite(buffer, len(part), move.dtype, f"the calibration's {move.target}")
+            refuse_nonfinite(buffer, len(part), move.dtype, f"the calibration's {move.target}")
             file.commit(buffer, len(part))
         advance(move.num_bytes)
         return
@@ -172,10 +172,10 @@ def _write_tensor(file, move: Move, checkpoint: Checkpoint, override, advance) -
     for offset, length in checkpoint.pieces(entry, PIECE // widest * entry.dtype.itemsize):
         buffer = file.free.get()
         checkpoint.read_into(entry, offset, memoryview(buffer)[:length])
-        _refuse_nonfinite(buffer, length, entry.dtype, where)
+        refuse_nonfinite(buffer, length, entry.dtype, where)
         if move.operation == "cast":
             length = _cast(buffer, length, entry.dtype, move.dtype)
-            _refuse_nonfinite(buffer, length, move.dtype, f"{where}, cast to {move.dtype},")
+            refuse_nonfinite(buffer, length, move.dtype, f"{where}, cast to {move.dtype},")
         file.commit(buffer, length)
         advance(length)
 
@@ -190,7 +190,8 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def _refuse_nonfinite(buffer: bytearray, length: int, dtype: torch.dtype, what: str) -> None:
+def refuse_nonfinite(buffer: bytearray, length: int, dtype: torch.dtype, what: str) -> None:
+    """Raises UserError about `what` where the first `length` bytes hold NaN or Inf of `dtype`, a float type."""
     signed, high, unsigned, low = INFINITE[dtype]
     count = length // dtype.itemsize
     if count == 0:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from deltanet.config import DeltaNetConfig
+from deltanet.config import MOST_LAYERS, DeltaNetConfig
 from deltanet.errors import UserError, nearest
 
 
@@ -100,10 +100,13 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder}: not a checkpoint (no config.json)")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: unreadable: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds a {type(raw).__name__}, not an object")
+    layers = raw.get("num_hidden_layers", 0)
+    if type(layers) is not int or not 0 <= layers <= MOST_LAYERS:
+        raise UserError(f"{path}: num_hidden_layers is {str(layers)[:40]}; allowed: 1 to {MOST_LAYERS:,}")
     return raw
 
 
@@ -117,7 +120,7 @@ def teacher_config(folder: Path) -> DeltaNetConfig:
     _refuse(raw, where)
     family = FAMILIES[raw["model_type"]]
     try:
-        source = AutoConfig.from_pretrained(folder)
+        source = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers' validators raise many kinds; all of them mean a bad file
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{where}: transformers refuses it: {first}") from None

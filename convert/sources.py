@@ -14,6 +14,7 @@ from pathlib import Path
 
 from deltanet.errors import DeltanetError, UserError, nearest
 
+from .links import refuse_links_out
 from .presets import PRESETS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -55,13 +56,14 @@ class Source:
 def open_source(name: str, revision: str | None = None, allow_pickle: bool = False) -> Iterator[Source]:
     """The folder behind `name`, for as long as the `with` block runs.
 
-    Raises UserError where nothing is called so, access is missing or the machine is offline; the message says what
-    to do.
+    Raises UserError where nothing is called so, a file of a folder is a link out of it, access is missing or the
+    machine is offline; the message says what to do.
     """
     path = Path(name).expanduser()
     if revision is not None and (path.exists() or name == "demo"):
         raise UserError(f"--revision {revision}: only a Hub repository has revisions, and {name} is local")
     if (path / "config.json").is_file():
+        refuse_links_out(path, ("config.json", *WEIGHTS, *COMPANIONS, *PICKLES))
         yield Source(path, name, "folder")
     elif name == "demo":
         yield Source(_demo(), name, "embedded", licence="Apache-2.0")
@@ -101,7 +103,7 @@ def _download(repository: str, revision: str | None, allow_pickle: bool, gated: 
     """(folder in the Hub's cache, commit hash)."""
     from huggingface_hub import errors, snapshot_download
 
-    patterns = [*WEIGHTS, *COMPANIONS, "config.json", *(PICKLES if allow_pickle else ())]
+    patterns = [*WEIGHTS, *COMPANIONS, "config.json", "README.md", *(PICKLES if allow_pickle else ())]
     page = f"https://huggingface.co/{repository}"
     at = f" at revision {revision}" if revision else ""
     try:

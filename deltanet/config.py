@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 from .errors import UserError
 
 FORMAT_VERSION = 1
+MOST_LAYERS = 10_000
+"""More than any model has; lists with an entry per layer are made before a tensor is looked at."""
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 MIXERS = ("gated_delta", "delta")
 STATE_HEADS = ("shared", "expanded")
@@ -82,6 +84,8 @@ class DeltaNetConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if not 0 <= self.num_hidden_layers <= MOST_LAYERS:
+            raise UserError(f"config.num_hidden_layers is {self.num_hidden_layers}; allowed: up to {MOST_LAYERS:,}")
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)

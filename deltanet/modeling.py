@@ -152,7 +152,9 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs):
-        """As transformers' own, but strict: a missing, unexpected or wrongly shaped tensor is a UserError."""
+        """As transformers' own, but strict: a missing, unexpected or wrongly shaped tensor is a UserError. Pickled
+        weights are not read."""
+        kwargs.setdefault("use_safetensors", True)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that they reach `info`, and the message below
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)

@@ -1,0 +1,222 @@
+"""README.md of a student: the Hub's metadata, the layers, how it was made, what was measured, how to load it, limits.
+
+Everything in it is read from the folder it is written for: config.json, conversion.json, closeness.json, and of a
+distillation report.json and deltanet_recipe.yaml. What stands in none of them is not said. Twin: test_card.py.
+"""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from deltanet.config import DeltaNetConfig
+from deltanet.errors import UserError
+
+from ..closeness import VARIANTS
+from ..layouts import LINEAR, Layout
+from .files import README, RECIPE, RECORD
+from .licences import Licence, from_head
+
+REPORT, CLOSENESS = "report.json", "closeness.json"
+LOAD = """```python
+import deltanet  # registers the architecture with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)  # this folder, or its id on the Hub
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+
+Or `deltanet-generate FOLDER "Once upon a time"`. `deltanet-convert --verify FOLDER` compares every file with the
+sha256 in manifest.json and checks the tensors."""
+
+
+def write_card(folder: Path) -> None:
+    """Writes `folder`/README.md. Raises UserError where what the folder holds makes no valid card."""
+    (folder / README).write_text(make_card(folder), encoding="utf-8")
+
+
+def make_card(folder: Path) -> str:
+    from .verify import check_card
+
+    config = DeltaNetConfig.from_dict(_json(folder / "config.json"))
+    record, report = _json(folder / RECORD), _json(folder / REPORT)
+    closeness = _json(folder / CLOSENESS)
+    recipe = (folder / RECIPE).read_text(encoding="utf-8") if (folder / RECIPE).is_file() else ""
+    base, source = record.get("base_model"), record.get("source")
+    licence = from_head(record["licence_metadata"]) if record.get("licence_metadata") else None
+    name = f"{Path(base or source or config.source_model_type or 'student').name}-deltanet"
+    sections = [
+        f"# {name}",
+        _opening(config, base, source, record.get("revision"), bool(report)),
+        "## Layers",
+        _layers(config),
+        "## How it was made",
+        _making(record, report, recipe),
+        "## Measured",
+        _measured(closeness, report),
+        "## How to load it",
+        LOAD,
+        "## Limits",
+        _limits(config, bool(report)),
+        "## Licence",
+        _licence(licence),
+    ]
+    head = _metadata(name, base, licence, record.get("language"), recipe, closeness, report)
+    text = f"---\n{head}\n---\n\n" + "\n\n".join(sections) + "\n"
+    check_card(text, str(folder / README))
+    return text
+
+
+def _metadata(
+    name: str, base: str | None, licence: Licence | None, language, recipe: str, closeness: dict, report: dict
+) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    row, text = {}, "text set aside from the calibration's"
+    if report.get("results"):
+        row, text = report["results"][-1], f"held-out text: {', '.join(_held_out(recipe))}"
+    elif closeness:
+        row = {"perplexity": closeness["student_perplexity"], "kl": closeness["kl"]}
+    names = {"perplexity": "perplexity", "kl": "KL(teacher || student), nats per token"}
+    results = [
+        EvalResult("text-generation", "held-out", text, key, round(row[key], 6), metric_name=title)
+        for key, title in names.items()
+        if key in row
+    ]
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        language=language,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["deltanet", "linear-attention", "hybrid", *(["distillation"] if report else [])],
+        datasets=_datasets(recipe) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        **(licence.metadata() if licence else {}),
+    )
+    return data.to_yaml()
+
+
+def _opening(config: DeltaNetConfig, base: str | None, source: str | None, revision: str | None, trained: bool) -> str:
+    linear, total = config.layer_types.count(LINEAR), config.num_hidden_layers
+    origin = f"[{base}](https://huggingface.co/{base})" if base else f"`{source}`" if source else "a transformer"
+    pinned = f" at `{revision}`" if revision else ""
+    how = "converted and then distilled from it" if trained else "converted from it, and not trained since"
+    return (
+        f"A student of {origin}{pinned}: {linear} of its {total} attention layers run on the delta rule "
+        f"(`{config.mixer}`), in linear time and with a state that does not grow. It was {how}."
+    )
+
+
+def _layers(config: DeltaNetConfig) -> str:
+    lines = [f"```\n{Layout(tuple(config.layer_types), config.sliding_window).picture()}\n```"]
+    if LINEAR in config.layer_types:
+        size = config.head_dim
+        lines.append(
+            f"Layers are counted from 0. A delta-rule layer keeps {config.num_state_heads} states of {size} x {size} "
+            "numbers, however long the text is."
+        )
+    return "\n\n".join(lines)
+
+
+def _making(record: dict, report: dict, recipe: str) -> str:
+    lines = [f"```\n{command}\n```" for command in (record.get("command"), report.get("command")) if command]
+    tensors = record.get("tensors") or {}
+    if "kept_identical" in tensors:
+        lines.append(
+            f"The conversion kept {tensors['kept']} tensors of the source ({tensors['kept_identical']} byte for byte), "
+            f"refitted {tensors['refitted']} and made {tensors['new']} new ones."
+        )
+    if report.get("tokens"):
+        lines.append(f"The distillation saw {report['tokens']:,} tokens.")
+    if recipe:
+        lines.append(f"The recipe with every default filled in (`{RECIPE}`):\n\n```yaml\n{recipe.rstrip()}\n```")
+    return "\n\n".join(lines or ["The folder does not say."])
+
+
+def _measured(closeness: dict, report: dict) -> str:
+    lines = []
+    if report.get("results"):
+        held = report.get("held_out_tokens")
+        lines.append(f"On {held:,} held-out tokens of the recipe's text:" if held else "On held-out text:")
+        lines.append(_table(report["results"], report["results"][0]["perplexity"]))
+    if closeness:
+        teacher = closeness["teacher_perplexity"]
+        rows = [{"model": "teacher", "perplexity": teacher}]
+        rows.append({"model": "student", "perplexity": closeness["student_perplexity"], "kl": closeness["kl"]})
+        rows += [{"model": label, **closeness[key]} for key, label in VARIANTS.items() if key in closeness]
+        recalled = closeness["recall"]
+        told = "; ".join(
+            f"{probe} {recalled[probe]['teacher']:.3f} and {recalled[probe]['student']:.3f}"
+            for probe in ("repeat", "needle")
+        )
+        lines.append(f"Before any training, on {closeness['tokens']:,} tokens set aside from the calibration's text:")
+        lines.append(_table(rows, teacher))
+        lines.append(
+            f"Recall over {recalled['distance']} tokens, share right of teacher and student: {told}. "
+            "`closeness.md` has every layer."
+        )
+    return "\n\n".join(lines or ["Nothing was measured."])
+
+
+def _table(rows: list[dict], teacher: float) -> str:
+    lines = ["| | perplexity | x teacher | KL, nats/token |", "| --- | ---: | ---: | ---: |"]
+    for row in rows:
+        kl = f"{row['kl']:.4f}" if "kl" in row else "-"
+        lines.append(f"| {row['model']} | {row['perplexity']:.4g} | {row['perplexity'] / teacher:.4g} | {kl} |")
+    return "\n".join(lines)
+
+
+def _limits(config: DeltaNetConfig, trained: bool) -> str:
+    lines = [
+        "What is not in the tables above was not measured: no benchmark, no safety evaluation.",
+        "The model inherits what its source gets wrong, and its biases.",
+        "It needs the `deltanet` package; a reader without it does not know the architecture.",
+    ]
+    if LINEAR in config.layer_types:
+        lines += [
+            "A state of fixed size forgets: exact recall over long distances is weaker than with attention everywhere.",
+            "A state cannot be cut back, so assisted generation and cropping the cache do not work.",
+        ]
+    if not trained:
+        lines.append("It is a start for distillation; no gradient step has been made.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _licence(licence: Licence | None) -> str:
+    if licence is None:
+        return "The source's licence could not be read. A student inherits it; find it out before you pass this on."
+    lines = [f"{licence.title}, inherited from the source." + (f" Text: {licence.link}" if licence.link else "")]
+    lines += [f"- {obligation}" for obligation in licence.obligations]
+    if licence.notice:
+        lines += ["", licence.notice]
+    return "\n".join(lines)
+
+
+def _sources(recipe: str, section: str) -> list[dict]:
+    data = yaml.safe_load(recipe) if recipe else {}
+    return list(((data or {}).get(section) or {}).get("sources") or ())
+
+
+def _held_out(recipe: str) -> list[str]:
+    """Names of the text a run was measured on: the evaluation's sources, or else the data's."""
+    sources = _sources(recipe, "evaluation") or _sources(recipe, "data")
+    paths = [source.get("path") or source.get("dataset") or "the teacher's own" for source in sources]
+    firsts = [path[0] if isinstance(path, list) else path for path in paths]
+    return [source.get("name") or Path(first).name for source, first in zip(sources, firsts)]
+
+
+def _datasets(recipe: str) -> list[str]:
+    return sorted({source["dataset"] for source in _sources(recipe, "data") if source.get("dataset")})
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: unreadable: {error}") from None
