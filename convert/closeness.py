@@ -199,7 +199,9 @@ def recall(teacher, student, held_out: torch.Tensor, *, tokens: int = 2048, seed
 
     repeat: a passage of held-out text, then the same passage again; counted from its ninth token on.
     needle: a few random tokens early in a text, and at its end the first half of them; counted on the second half.
+    Any causal models of transformers' will do; without a teacher the student stands alone.
     """
+    models = {who: model for who, model in (("teacher", teacher), ("student", student)) if model is not None}
     length = held_out.shape[1]
     passage = max(min(128, length // 2 - MARGIN), MARGIN + 1)
     count = max(tokens // (2 * passage), 1)
@@ -207,25 +209,23 @@ def recall(teacher, student, held_out: torch.Tensor, *, tokens: int = 2048, seed
     first = torch.stack([held_out[row, at : at + passage] for row, at in starts])
     repeated = torch.cat([first, first], 1)
     generator = torch.Generator().manual_seed(seed)
-    needle = torch.randint(teacher.config.vocab_size, (len(first), 8), generator=generator).to(held_out.device)
+    needle = torch.randint(student.config.vocab_size, (len(first), 8), generator=generator).to(held_out.device)
     hay = torch.cat([first[:, :MARGIN], needle, first[:, MARGIN:], needle], 1)
     result = {"distance": passage}
     for name, ids, counted in (
         ("repeat", repeated, slice(passage + MARGIN, 2 * passage)),
         ("needle", hay, slice(hay.shape[1] - 4, hay.shape[1])),
     ):
-        result[name] = {
-            who: _accuracy(model, ids, counted) for who, model in (("teacher", teacher), ("student", student))
-        }
+        result[name] = {who: _accuracy(model, ids, counted) for who, model in models.items()}
     return result
 
 
 def _accuracy(model, ids: torch.Tensor, counted: slice) -> float:
     """The share of the tokens ids[:, counted] that the model expects most."""
-    right = 0
+    right, kept = 0, ids.shape[1] - counted.start + 1
     for row in ids:
-        hidden = model.model(row[None], use_cache=False).last_hidden_state[0, counted.start - 1 : counted.stop - 1]
-        right += (model.lm_head(hidden).argmax(-1) == row[counted]).sum().item()
+        logits = model(row[None], use_cache=False, logits_to_keep=kept).logits[0, : counted.stop - counted.start]
+        right += (logits.argmax(-1) == row[counted]).sum().item()
     return right / (len(ids) * (counted.stop - counted.start))
 
 

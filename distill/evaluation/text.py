@@ -15,9 +15,9 @@ WINDOW, TOKENS = 1024, 16384
 def read_windows(
     text: str, writer: Subject, *, tokens: int = TOKENS, window: int | None = None, longest: int, seed: int = 0
 ) -> torch.Tensor:
-    """(windows, length) int64: the first `tokens` tokens of the file `text`, or as many that `writer` writes (`self`).
+    """(windows, length) int64: `tokens` tokens of the file `text`, or as many that `writer` writes (`self`).
 
-    Documents are joined, each after the token that opens one. length is `window`, by default WINDOW or `longest`, the
+    Documents are taken evenly over the file and joined, each after the token that opens one. length is `window`, by default WINDOW or `longest`, the
     models' range, if that is shorter. Raises UserError for a window beyond the range and for a file that cannot be
     read or holds less than one window.
     """
@@ -28,6 +28,6 @@ def read_windows(
         raise UserError(f"--tokens {tokens}: allowed is one window ({length} tokens) or more")
     count = tokens // length
     if text != SELF:
-        return tokenise(writer.tokenizer, read_documents(text), count, length, text, in_order=True)
+        return tokenise(writer.tokenizer, read_documents(text), count, length, text)
     with progress(f"{writer.name} writes text", count * (length - 1), "tokens") as advance:
         return write_text(writer.model, writer.tokenizer, count, length, seed, advance)

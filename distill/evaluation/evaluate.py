@@ -1,0 +1,196 @@
+"""All measurements of a student, beside its teacher if there is one, as one object for JSON.
+
+`evaluate` starts from paths and is what `deltanet-eval` calls; `measure` starts from models in memory, and a recipe
+calls it at the end of its run. Everything but seconds, speed and memory is the same for the same seed.
+Twin: tests/distill/evaluation/test_evaluate.py.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from convert.closeness import recall
+from convert.progress import progress
+from deltanet import DeltaNetConfig
+from deltanet.errors import UserError
+
+from ..export import RECIPE
+from ..metrics import read_metrics
+from .language import continuations, language
+from .result import TaskResult
+from .selection import Chosen, select
+from .subject import Subject, load_subject
+from .text import NONE, SELF, TOKENS, read_windows
+from .worth import DECODED, device_name, worth
+
+DEFAULT_CONTEXTS = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192, 32768)}
+SHORTEST_CONTEXT = 2 * DECODED
+RECALL_WINDOW = 32
+TASK_CONTEXT = 2048
+CURVE_POINTS = 400
+
+
+def evaluate(
+    student: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: str = SELF,
+    tasks: Sequence[str] = ("all",),
+    contexts: Sequence[int] | None = None,
+    tokens: int = TOKENS,
+    window: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> dict:
+    """What `measure` returns, for checkpoints and a text named by paths.
+
+    text: a file, `self` (the teacher, or else the student, writes it) or `none`. tasks: see `select`. contexts: where
+    speed and memory are measured; None for some that suit device and models, () for none. tokens, window: how much
+    text, and in pieces of what length. limit: examples of each task. Raises UserError for any wrong input, before
+    anything is measured.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: allowed is 1 or more")
+    chosen = select(tasks)
+    if text not in (SELF, NONE) and not Path(text).is_file():
+        raise UserError(f"--text {text}: no such file (or say self or none)")
+    mine = load_subject(student, device=device, dtype=dtype)
+    other = None if against is None else load_subject(against, device=device, dtype=dtype)
+    longest = mine.max_context if other is None else min(mine.max_context, other.max_context)
+    check_tokenizers(mine, other)
+    contexts = check_contexts(contexts, longest, mine.device)
+    windows = None
+    if text != NONE:
+        writer = mine if other is None else other
+        windows = read_windows(text, writer, tokens=tokens, window=window, longest=longest, seed=seed)
+    report = measure(
+        mine, other, windows=windows, tasks=chosen, limit=limit, contexts=contexts, max_context=longest, seed=seed
+    )
+    report["text"] = None if windows is None else text
+    if curve := loss_curve(Path(student)):
+        report["losses"] = curve
+    return report
+
+
+def measure(
+    student: Subject,
+    teacher: Subject | None,
+    *,
+    windows: torch.Tensor | None,
+    tasks: Sequence[Chosen] = (),
+    limit: int | None = None,
+    contexts: Sequence[int] = (),
+    max_context: int,
+    seed: int = 0,
+) -> dict:
+    """The report: student, teacher (names), device, dtype, seed, versions, layers; then what was asked for:
+
+    with windows (N, T) int64: tokens, window, perplexity, kl, top1_agreement, by_position, samples (`language.py`), recall
+    (`convert.closeness.recall`) and, of a student of ours, diagnostics; with tasks: tasks, by name of the result (see
+    `TaskResult`, and under `teacher` the same of the teacher); with contexts: speed and memory (`worth.py`).
+    """
+    config = student.model.config
+    report: dict = {
+        "student": student.name,
+        "teacher": None if teacher is None else teacher.name,
+        "device": device_name(student.device),
+        "dtype": str(student.dtype).removeprefix("torch."),
+        "seed": seed,
+        "versions": {package: version(package) for package in ("deltanet", "torch", "transformers")},
+        "layers": list(config.layer_types) if isinstance(config, DeltaNetConfig) else None,
+        "seconds": {},
+    }
+    if windows is not None:
+        with _timed(report, "language"), progress("language", windows.numel(), "tokens") as advance:
+            report |= language(student, teacher, windows, advance=advance)
+            report["samples"] = continuations(student, teacher, windows)
+        if windows.shape[1] >= RECALL_WINDOW:
+            with _timed(report, "recall"):
+                other = None if teacher is None else teacher.model
+                report["recall"] = recall(other, student.model, windows.to(student.device), seed=seed)
+    if tasks:
+        with _timed(report, "tasks"):
+            report["tasks"] = run_tasks(student, teacher, tasks, limit, min(max_context, TASK_CONTEXT), seed)
+    if contexts:
+        with _timed(report, "worth"), progress("speed and memory", sum(contexts), "tokens") as advance:
+            report |= worth(student, teacher, contexts, seed=seed, advance=advance)
+    return report
+
+
+def run_tasks(
+    student: Subject,
+    teacher: Subject | None,
+    tasks: Sequence[Chosen],
+    limit: int | None,
+    max_context: int,
+    seed: int,
+) -> dict[str, dict]:
+    """Every result by its name, as JSON; with a teacher its own under `teacher`, on the same examples."""
+    results: dict[str, dict] = {}
+    for task in tasks:
+        found: dict[str, list[TaskResult]] = {}
+        for who, subject in (("student", student), ("teacher", teacher)):
+            if subject is not None:
+                with progress(f"{task.name}, {who}", 1.0) as advance:
+                    options = {"seed": seed, "limit": limit, "max_context": max_context, "advance": advance}
+                    found[who] = task.run(subject, **options)
+        for index, result in enumerate(found["student"]):
+            results[result.name] = result.as_json()
+            if teacher is not None:
+                theirs = found["teacher"][index].as_json()
+                shared = ("name", "n", "floors")
+                results[result.name]["teacher"] = {k: v for k, v in theirs.items() if k not in shared}
+    return results
+
+
+def check_tokenizers(student: Subject, teacher: Subject | None) -> None:
+    """Raises UserError where the two do not give the same ids to the same text, so that nothing could be compared."""
+    if teacher is None:
+        return
+    mine, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    probe = "The delta rule, in 1960:\n\n  ünïcode – 12,345.67 (twice?)"
+    same = mine == theirs and student.tokenizer(probe)["input_ids"] == teacher.tokenizer(probe)["input_ids"]
+    if not same:
+        odd = next((token for token in mine if mine[token] != theirs.get(token)), None)
+        detail = "they split text differently" if odd is None else f"for one, {odd!r} is {mine[odd]} and {theirs.get(odd)}"
+        raise UserError(
+            f"--against {teacher.name}: its tokenizer ({len(theirs)} tokens) is not that of {student.name} "
+            f"({len(mine)} tokens): {detail}; a student is compared with the teacher it was made from"
+        )
+
+
+def check_contexts(contexts: Sequence[int] | None, longest: int, device: torch.device) -> tuple[int, ...]:
+    """The contexts to measure at, rising; the default ones as far as `longest` goes. Raises UserError beyond it."""
+    if contexts is None:
+        fitting = [context for context in DEFAULT_CONTEXTS.get(device.type, (128, 512)) if context <= longest]
+        return tuple(fitting or [longest])
+    for context in contexts:
+        if not SHORTEST_CONTEXT <= context <= longest:
+            raise UserError(
+                f"--contexts {context}: allowed is {SHORTEST_CONTEXT} to {longest}, the range of the model "
+                "(max_position_embeddings)"
+            )
+    return tuple(sorted(set(contexts)))
+
+
+def loss_curve(student: Path) -> list[dict]:
+    """stage, step and loss of the run that `student` is the export of, at most CURVE_POINTS; [] if it is none."""
+    path = student.absolute().parent / "metrics.jsonl"
+    if not (student / RECIPE).is_file() or not path.is_file():
+        return []
+    records = [record for record in read_metrics(path) if record.get("loss") is not None]
+    every = -(-len(records) // CURVE_POINTS)
+    return [{key: record[key] for key in ("stage", "step", "loss")} for record in records[:: max(every, 1)]]
+
+
+@contextmanager
+def _timed(report: dict, part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    report["seconds"][part] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,268 @@
+"""A report as sections of prose and tables, which `markdown.py` and `page.py` lay out.
+
+Twin: tests/distill/evaluation/test_sections.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+MODELS = ("teacher", "student")
+SURE = 2  # standard errors
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first column is of words, the others of figures. Every cell is text."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """figures: names of plots (`plots.py`). samples: what models wrote, each a dict of label -> text."""
+
+    title: str
+    prose: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[str] = ()
+    samples: Sequence[dict[str, str]] = field(default=())
+
+
+def title(report: dict) -> str:
+    against = f", measured against {report['teacher']}" if report["teacher"] else ""
+    return f"{report['student']}{against}"
+
+
+def sections(report: dict) -> list[Section]:
+    """What the report holds, most important first; what was not measured is not there."""
+    found = [_summary(report)]
+    for key, make in (
+        ("by_position", _language),
+        ("tasks", _tasks),
+        ("speed", _speed),
+        ("memory", _memory),
+        ("diagnostics", _diagnostics),
+        ("losses", _losses),
+        ("samples", _samples),
+    ):
+        if report.get(key):
+            found.append(make(report))
+    return [*found, _how(report)]
+
+
+def _models(report: dict) -> list[str]:
+    return [who for who in MODELS if report[who] is not None]
+
+
+def _summary(report: dict) -> Section:
+    """The table of everything in one figure each."""
+    rows = []
+
+    def add(what: str, values: dict, show, compare: bool = True) -> None:
+        ratio = ""
+        numbers = [values.get(who) for who in MODELS]
+        if compare and all(isinstance(number, int | float) for number in numbers) and numbers[0]:
+            ratio = f"{numbers[1] / numbers[0]:.3f}"
+        cells = ["" if number is None else show(number) for number in numbers]
+        rows.append([what, *cells, ratio])
+
+    if "perplexity" in report:
+        add("perplexity", report["perplexity"], _short)
+    if "kl" in report:
+        add("KL(teacher ‖ student), nats a token", {"student": report["kl"]}, lambda value: f"{value:.4f}")
+        add("same likeliest next token", {"student": report["top1_agreement"]}, _percent)
+    for probe, label in (("repeat", "recall of a repeated passage"), ("needle", "recall of random tokens")):
+        if "recall" in report:
+            add(f"{label}, {report['recall']['distance']} tokens back", report["recall"][probe], _percent)
+    for name, task in report.get("tasks", {}).items():
+        add(name, {"student": task["accuracy"], "teacher": task.get("teacher", {}).get("accuracy")}, _percent)
+    for section, figures in (("speed", SPEED), ("memory", MEMORY)):
+        last = report[section]["by_context"][-1] if section in report else {}
+        for figure, (label, show) in figures.items():
+            values = {who: last[who][figure] for who in MODELS if isinstance(last.get(who), dict)}
+            if values:
+                add(f"{label}, {last['context']:,} tokens", values, show)
+    if report["teacher"] is None:
+        return Section("In short", tables=[Table(["", "value"], [[row[0], row[2]] for row in rows])])
+    return Section("In short", tables=[Table(["", "teacher", "student", "student / teacher"], rows)])
+
+
+def _language(report: dict) -> Section:
+    models = _models(report)
+    columns = ["tokens before", *(f"perplexity, {who}" for who in models)]
+    if "kl" in report:
+        columns += ["student / teacher", "KL, nats", "same likeliest"]
+    rows = []
+    for row in [*report["by_position"], {"first": None, **report}]:
+        label = "all" if row["first"] is None else f"{row['first']}–{row['last']}"
+        cells = [label, *(_short(row["perplexity"][who]) for who in models)]
+        if "kl" in report:
+            ratio = row["perplexity"]["student"] / row["perplexity"]["teacher"]
+            cells += [f"{ratio:.3f}", f"{row['kl']:.4f}", _percent(row["top1_agreement"])]
+        rows.append(cells)
+    prose = [f"{report['tokens']:,} tokens in windows of {report['window']:,}, by how many tokens stand before."]
+    return Section("Language, by position", prose, [Table(columns, rows)], ["perplexity by position"])
+
+
+def _tasks(report: dict) -> Section:
+    models, rows, levels = _models(report), [], []
+    for name, task in report["tasks"].items():
+        floor = max(task["floors"].items(), key=lambda item: item[1], default=("", 0.0))
+        cells = [name]
+        for who in models:
+            part = task if who == "student" else task["teacher"]
+            cells.append(f"{_percent(part['accuracy'])} ± {100 * part['stderr']:.1f}")
+        above = task["accuracy"] - floor[1] > SURE * task["stderr"]
+        cells += [f"{_percent(floor[1])} {floor[0]}".strip(), "yes" if above else "no", f"{task['n']:,}"]
+        rows.append(cells)
+        levels += _levels(name, task, models)
+    columns = ["task", *models, "best trivial strategy", "student above it", "examples"]
+    prose = [
+        "Share right, ± its standard error. A student that is not above the best trivial strategy by "
+        f"{SURE} standard errors has shown nothing.",
+        *(line for name, task in report["tasks"].items() for line in _further(name, task)),
+    ]
+    plots = [f"task {name}" for name, task in report["tasks"].items() if len(task["by_level"]) > 1]
+    return Section("Tasks", prose, [Table(columns, rows), *levels], plots)
+
+
+def _levels(name: str, task: dict, models: Sequence[str]) -> list[Table]:
+    if not task["by_level"]:
+        return []
+    rows = []
+    for level, figures in task["by_level"].items():
+        parts = [figures if who == "student" else task["teacher"]["by_level"][level] for who in models]
+        rows.append([level, *(f"{_percent(part['accuracy'])} ± {100 * part['stderr']:.1f}" for part in parts)])
+    return [Table([name, *models], rows)]
+
+
+def _further(name: str, task: dict) -> list[str]:
+    """One line of a task's further figures: `piqa_letters: says A student 100.0%, teacher 52.3%; ...`."""
+    parts = []
+    theirs = task.get("teacher", {}).get("figures", {})
+    for figure in dict.fromkeys([*task["figures"], *theirs]):
+        shown = [
+            f"{who} {_percent(values[figure]) if values[figure] <= 1 else _short(values[figure])}"
+            for who, values in (("student", task["figures"]), ("teacher", theirs))
+            if figure in values
+        ]
+        parts.append(f"{figure}: {', '.join(shown)}")
+    return [f"{name}: {'; '.join(parts)}."] if parts else []
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:,.1f} ms" if value < 10 else f"{value:,.1f} s"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+SPEED = {
+    "prefill_tokens_per_second": ("prefill, tokens/s", _rate),
+    "first_token_seconds": ("time to first token", _seconds),
+    "decode_tokens_per_second": ("decoding, tokens/s", _rate),
+}
+MEMORY = {"cache_bytes": ("cache", _bytes), "peak_bytes": ("peak memory", _bytes)}
+
+
+def _by_context(report: dict, section: str, figures: dict) -> Table:
+    models = _models(report)
+    columns = ["context", *(f"{label}, {who}" for label, _ in figures.values() for who in models)]
+    rows = []
+    for row in report[section]["by_context"]:
+        cells = [f"{row['context']:,}"]
+        for figure, (_, show) in figures.items():
+            cells += [show(row[who][figure]) if isinstance(row[who], dict) else row[who] for who in models]
+        rows.append(cells)
+    return Table(columns, rows)
+
+
+def _speed(report: dict) -> Section:
+    speed = report["speed"]
+    threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
+    backends = "; ".join(f"{who}: {name}" for who, name in speed["backend"].items())
+    prose = [
+        f"Batch 1 on {speed['device']}{threads}, {report['dtype']}; medians after a warm-up. A context is a prompt and "
+        f"{speed['decoded_tokens']} decoded tokens.",
+        f"What runs: {backends}.",
+    ]
+    for figure, words in speed.get("crossover", {}).items():
+        prose.append(f"{SPEED[figure][0][0].upper()}{SPEED[figure][0][1:]}: the student is {words}.")
+    return Section("Speed", prose, [_by_context(report, "speed", SPEED)], ["prefill", "decoding"])
+
+
+def _memory(report: dict) -> Section:
+    memory = report["memory"]
+    parts = []
+    for who in _models(report):
+        growth = memory["cache_bytes_per_token"][who]
+        grows = "" if growth is None else f", a cache that grows by {growth:,.0f} bytes a token"
+        parts.append(f"{who}: weights {_bytes(memory['weights_bytes'][who])}{grows}")
+    prose = [f"{'; '.join(parts)}."]
+    if "crossover" in memory:
+        prose.append(f"The student's cache, against the teacher's: {memory['crossover']}.")
+    return Section("Memory", prose, [_by_context(report, "memory", MEMORY)], ["cache", "peak memory"])
+
+
+def _diagnostics(report: dict) -> Section:
+    tables = []
+    for name, rows in report["diagnostics"].items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        cells = [[str(row), *(_cell(values.get(column)) for column in columns)] for row, values in rows.items()]
+        tables.append(Table([name, *columns], cells))
+    return Section("Diagnostics", tables=tables)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _losses(report: dict) -> Section:
+    stages = dict.fromkeys(record["stage"] for record in report["losses"])
+    return Section(
+        "Training", ["The loss of the run this student comes from, by stage."], figures=[f"loss {s}" for s in stages]
+    )
+
+
+def _samples(report: dict) -> Section:
+    samples = []
+    for sample in report["samples"]:
+        shown = {"prompt": sample["prompt"]}
+        shown |= {who: sample[who] for who in MODELS if who in sample}
+        shown["the text itself"] = sample["text"]
+        samples.append(shown)
+    prose = ["Both go on greedily from the same words."] if report["teacher"] else ["It goes on greedily."]
+    if report["teacher"]:
+        same = ", ".join(str(sample["same_tokens"]) for sample in report["samples"])
+        prose.append(f"Tokens before the two differ: {same}.")
+    return Section("What they write", prose, samples=samples)
+
+
+def _how(report: dict) -> Section:
+    versions = ", ".join(f"{package} {number}" for package, number in report["versions"].items())
+    text = f"Text: {report['text']}. " if report.get("text") else ""
+    seconds = ", ".join(f"{part} {value:,.0f} s" for part, value in report["seconds"].items())
+    return Section(
+        "How it was measured",
+        [f"{text}{report['device']}, {report['dtype']}, seed {report['seed']}. {versions}. Took: {seconds}."],
+    )

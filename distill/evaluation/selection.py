@@ -1,0 +1,75 @@
+"""Which tasks `--tasks` means: generated ones by name, `all` of them, `none`, and standard sets as files.
+
+Twin: tests/distill/evaluation/test_selection.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltanet.errors import UserError, nearest
+
+from .result import TaskResult
+from .sets import StandardSet, read_set
+from .subject import Subject
+from .tasks import TASKS
+
+ALL, NONE = "all", "none"
+GENERATED_EXAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A task that is to be run. is_generated: its examples are made from the seed, else they are those of a file."""
+
+    name: str
+    task: object
+    is_generated: bool
+
+    def run(
+        self,
+        subject: Subject,
+        *,
+        seed: int,
+        limit: int | None,
+        max_context: int,
+        advance: Callable[[float], None] = lambda amount: None,
+    ) -> list[TaskResult]:
+        """The results on at most `limit` examples: by default GENERATED_EXAMPLES of a generated task, all of a file."""
+        if self.is_generated:
+            return [self.task.run(subject, seed=seed, n=limit or GENERATED_EXAMPLES, max_context=max_context)]
+        return self.task.run(subject, limit=limit, advance=advance)
+
+
+def select(names: Sequence[str]) -> list[Chosen]:
+    """The tasks named, each once, in the order given. Raises UserError for a name that is neither a task nor a file,
+    and for a file that cannot be read."""
+    if NONE in names:
+        if len(names) > 1:
+            raise UserError(f"--tasks {' '.join(names)}: none stands alone")
+        return []
+    chosen: dict[str, Chosen] = {}
+    for name in names:
+        if name == ALL:
+            found = [Chosen(task, TASKS[task], True) for task in TASKS]
+        elif name in TASKS:
+            found = [Chosen(name, TASKS[name], True)]
+        elif Path(name).is_file():
+            found = [_standard(name)]
+        elif name.endswith((".jsonl", ".json")) or "/" in name:
+            raise UserError(f"--tasks {name}: no such file")
+        else:
+            known = [*TASKS, ALL, NONE]
+            raise UserError(
+                f"--tasks {name}: no such task{nearest(name, known)}; tasks: {', '.join(known)}, or a .jsonl file"
+            )
+        for one in found:
+            if one.name in chosen and not one.is_generated:
+                raise UserError(f"--tasks {name}: two files called {one.name}")
+            chosen[one.name] = one
+    return list(chosen.values())
+
+
+def _standard(path: str) -> Chosen:
+    found: StandardSet = read_set(path)
+    return Chosen(found.name, found, False)
