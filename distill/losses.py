@@ -153,6 +153,9 @@ class _Chunked(torch.autograd.Function):
         parts = torch.zeros(len(terms), dtype=torch.float64, device=hidden.device)
         # Work goes by valid positions; their share of each chunk varies, the number of chunks does not.
         valid = (targets != IGNORED).nonzero()[:, 0]
+        fused = hidden.is_cuda and hidden.dtype != torch.float64 and [term.name for term in terms] == ["forward_kl"]
+        if fused:
+            from .forward_kl_kernel import forward_kl_
         for rows in valid.tensor_split(num_chunks):
             if not len(rows):
                 continue
@@ -160,18 +163,24 @@ class _Chunked(torch.autograd.Function):
             student, teacher = h @ head.T, None
             if teacher_hidden is not None:
                 teacher = teacher_hidden[rows] @ teacher_weight[:vocab_size].T
-            total = None
-            for index, term in enumerate(terms):
-                value, gradient = divergence(term, student, teacher, targets[rows])
-                parts[index] += value.sum(dtype=torch.float64)
-                if needs_hidden or needs_weight:
-                    gradient = gradient.mul_(term.weight)
-                    total = gradient if total is None else total.add_(gradient)
-                del gradient
+            if fused:
+                value = forward_kl_(student, teacher, terms[0].temperature, scale * terms[0].weight)
+                parts[0] += value.sum(dtype=torch.float64)
+                total = student  # overwritten with their gradient
+            else:
+                total = None
+                for index, term in enumerate(terms):
+                    value, gradient = divergence(term, student, teacher, targets[rows])
+                    parts[index] += value.sum(dtype=torch.float64)
+                    if needs_hidden or needs_weight:
+                        gradient = gradient.mul_(term.weight)
+                        total = gradient if total is None else total.add_(gradient)
+                    del gradient
+                if total is not None:
+                    total = total.mul_(scale).to(hidden.dtype)
             del student, teacher
             if total is None:
                 continue
-            total = total.mul_(scale).to(hidden.dtype)
             if needs_hidden:
                 grad_hidden[rows] = total @ head
             if needs_weight:
