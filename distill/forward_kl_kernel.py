@@ -55,7 +55,8 @@ def forward_kl_(student: torch.Tensor, teacher: torch.Tensor, temperature: float
     Rows may be strided, columns not. A teacher's -inf excludes a token. Everything is computed in float32.
     """
     rows, size = student.shape
-    assert teacher.shape == student.shape and student.stride(1) == 1 and teacher.stride(1) == 1
+    assert teacher.shape == student.shape
+    assert student.stride(1) == teacher.stride(1) == 1
     value = torch.empty(rows, dtype=torch.float32, device=student.device)
     if rows:
         block = min(4096, triton.next_power_of_2(size))
