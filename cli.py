@@ -145,6 +145,33 @@ def convert_main(argv: Sequence[str] | None = None) -> int:
     return _run(convert_parser(), argv, call)
 
 
+def push_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "deltanet-push",
+        "Send a verified student to the Hugging Face Hub as one commit, with the token of `hf auth login` or HF_TOKEN.",
+        "examples:\n"
+        "  deltanet-push student user/name\n"
+        "  deltanet-push runs/chat/export user/name --public --card README-edited.md",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="what deltanet-convert or deltanet-distill wrote")
+    parser.add_argument("repository", metavar="user/name", help="on the Hub; made where it is missing, private")
+    parser.add_argument("--public", action="store_true", help="let everybody read it")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to, made where it is missing")
+    parser.add_argument("--pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--card", metavar="FILE", help="send FILE as README.md, in place of the one in FOLDER")
+    return parser
+
+
+def push_main(argv: Sequence[str] | None = None) -> int:
+    def call(arguments: argparse.Namespace) -> None:
+        from convert.publish.push import run
+
+        run(arguments)
+
+    return _run(push_parser(), argv, call)
+
+
 def generate_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "deltanet-generate",
@@ -218,3 +245,63 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
         run(arguments)
 
     return _run(distill_parser(), argv, call)
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "deltanet-eval",
+        "Measure what a student can do, beside its teacher: language, tasks, speed and memory.",
+        "examples:\n"
+        "  deltanet-eval student --against teacher --text valid.jsonl -o report\n"
+        "  deltanet-eval student --tasks piqa.jsonl lambada.jsonl --text none --contexts none\n"
+        "  deltanet-eval student --against teacher --contexts 2048 8192 32768 --json",
+    )
+    parser.add_argument("student", help="checkpoint folder of a student, or of any transformer")
+    parser.add_argument("--against", metavar="TEACHER", help="the model to compare with: a folder, a preset, a Hub id")
+    parser.add_argument(
+        "--text",
+        default="self",
+        metavar="FILE",
+        help="held-out text (txt, json, jsonl, also .gz), self (the teacher writes, default) or none",
+    )
+    parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="of the text (default: 16384)")
+    parser.add_argument(
+        "--window", type=int, metavar="N", help="tokens that a model sees at once (default: 1024, or its range)"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["all"],
+        metavar="TASK",
+        help="generated tasks by name, all of them (default), .jsonl files of standard sets, or none",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="examples of a task (default: all of a file, 200 of a generated task)"
+    )
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        metavar="N",
+        help="lengths in tokens at which speed and memory are measured, or none (default: some that suit the device)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto (the checkpoint's, float32 on a CPU), float32, bfloat16, float16",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", help="folder for evaluation.html, .md and .json, which are replaced there"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    return parser
+
+
+def eval_main(argv: Sequence[str] | None = None) -> int:
+    def call(arguments: argparse.Namespace) -> None:
+        from distill.evaluation.command import run
+
+        run(arguments)
+
+    return _run(eval_parser(), argv, call)

@@ -14,6 +14,8 @@ COMMANDS = {
     "deltanet-convert": cli.convert_main,
     "deltanet-distill": cli.distill_main,
     "deltanet-generate": cli.generate_main,
+    "deltanet-eval": cli.eval_main,
+    "deltanet-push": cli.push_main,
 }
 
 

@@ -85,14 +85,14 @@ def _summary(report: dict) -> Section:
                 add(f"{label}, {last['context']:,} tokens", values, show)
     if report["teacher"] is None:
         return Section("In short", tables=[Table(["", "value"], [[row[0], row[2]] for row in rows])])
-    return Section("In short", tables=[Table(["", "teacher", "student", "student / teacher"], rows)])
+    return Section("In short", tables=[Table(["", "teacher", "student", "x teacher"], rows)])
 
 
 def _language(report: dict) -> Section:
     models = _models(report)
     columns = ["tokens before", *(f"perplexity, {who}" for who in models)]
     if "kl" in report:
-        columns += ["student / teacher", "KL, nats", "same likeliest"]
+        columns += ["x teacher", "KL, nats", "same likeliest"]
     rows = []
     for row in [*report["by_position"], {"first": None, **report}]:
         label = "all" if row["first"] is None else f"{row['first']}–{row['last']}"

@@ -1,0 +1,73 @@
+"""What `deltanet-eval` does: measures, then prints the report, and with -o writes it in three forms.
+
+Twin: tests/distill/evaluation/test_command.py.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from deltanet.errors import UserError
+
+from .evaluate import evaluate
+from .markdown import markdown
+from .page import page
+
+NAME = "evaluation"
+
+
+def run(arguments) -> None:
+    """The command line: the report on standard output, as Markdown or with --json as one object."""
+    out = None if arguments.output is None else Path(arguments.output)
+    if out is not None:
+        check_output(out)
+    report = evaluate(
+        arguments.student,
+        against=arguments.against,
+        text=arguments.text,
+        tasks=arguments.tasks,
+        contexts=parse_contexts(arguments.contexts),
+        tokens=arguments.tokens,
+        window=arguments.window,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+    if out is not None:
+        write_reports(out, report)
+    print(json.dumps(report, indent=2) if arguments.json else markdown(report))
+    if out is not None and not arguments.json:
+        print(f"page: {out / NAME}.html")
+
+
+def parse_contexts(words: list[str] | None) -> list[int] | None:
+    """Numbers of tokens; () for `none`. Raises UserError for anything else."""
+    if words is None or words == ["none"]:
+        return words and []
+    for word in words:
+        if not word.isdecimal():
+            raise UserError(f"--contexts {word}: allowed are numbers of tokens, or none alone")
+    return [int(word) for word in words]
+
+
+def check_output(folder: Path) -> None:
+    """Raises UserError where the reports could not be written, before hours are spent on them."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"-o {folder}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"-o {folder}: {existing} is not writable")
+
+
+def write_reports(folder: Path, report: dict) -> None:
+    """evaluation.json, .md and .html in `folder`, each whole or not at all. Raises UserError for a full disk."""
+    forms = {"json": json.dumps(report, indent=2) + "\n", "md": markdown(report), "html": page(report)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, text in forms.items():
+            temporary = folder / f".{NAME}.{suffix}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, folder / f"{NAME}.{suffix}")
+    except OSError as error:
+        raise UserError(f"-o {folder}: the report cannot be written: {error.strerror or error}") from error
