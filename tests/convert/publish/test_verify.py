@@ -39,7 +39,9 @@ def test_what_a_conversion_writes_passes_and_generates(source, tmp_path, shard):
     found = verify(make_student(tmp_path / "s", source, shard))
     assert found.problems == []
     assert found.text.startswith("Once upon a time")
-    assert found.num_tensors == len({name for file in (tmp_path / "s").glob("*.safetensors") for name in load_file(file)})
+    assert found.num_tensors == len(
+        {name for file in (tmp_path / "s").glob("*.safetensors") for name in load_file(file)}
+    )
 
 
 def test_students_of_every_kind_and_untied_ones_pass(tmp_path):
