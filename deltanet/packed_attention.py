@@ -56,9 +56,7 @@ def _varlen(q, k, v, cu_seqlens, longest, scale, window):
     elif group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     reach = -1 if window is None else window - 1
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(reach, 0), **grouped
-    )
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(reach, 0), **grouped)
     return out[None]
 
 
