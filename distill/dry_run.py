@@ -19,7 +19,7 @@ from deltanet.errors import UserError
 
 from .convert_step import config_after
 from .engine import World
-from .prepare import StagePlan, plan_stages, prepare
+from .prepare import StagePlan, check_tokenizer, plan_stages, prepare
 from .schema import Recipe
 from .trainable import parameter_groups, trained_names
 
@@ -33,6 +33,8 @@ def describe(recipe: Recipe, cache: Path) -> str:
         if tokenizer is None:
             raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
         config = _student(recipe, teacher)
+        if recipe.student.model and Path(recipe.student.model).is_dir():
+            check_tokenizer(Path(recipe.student.model), tokenizer)
         stop = teacher.eos_token_id
         stop_ids = [stop] if isinstance(stop, int) else stop or []
         prepared = prepare(recipe, tokenizer, teacher.vocab_size, stop_ids, cache, world)

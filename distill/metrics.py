@@ -17,6 +17,7 @@ from deltanet.errors import UserError
 from .schema import Logging
 
 SHOWN_EVERY_SECONDS = 1.0
+SILENT_SECONDS = 10.0
 
 
 class MetricsLog:
@@ -105,6 +106,18 @@ class Progress:
         )
         end = "\n" if not self.in_place or step == self.num_steps else ""
         print(f"\r\x1b[2K{line}" if self.in_place else line, end=end, file=sys.stderr, flush=True)
+
+
+class Pulse:
+    """Long work that steps do not count says how far it is: a line on stderr now and then, none while it is short."""
+
+    def __init__(self, seconds: float = SILENT_SECONDS):
+        self.seconds, self.told = seconds, time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if time.monotonic() - self.told >= self.seconds:
+            self.told = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

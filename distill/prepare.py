@@ -3,11 +3,13 @@
 Rank 0 tokenises into the run's cache, the others open what it made. Twin: tests/distill/test_run.py.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.command import load_tokenizer
 from deltanet.errors import UserError
 
 from .data import Corpus, Part, Report, chosen, split, whole
@@ -18,7 +20,7 @@ from .recipe import stage_sources
 from .schedules import Schedule
 from .schema import Recipe, Source, Stage
 from .teacher_text import planned
-from .token_cache import Tokens, tokenise
+from .token_cache import Tokens, check_same_tokenizer, tokenise
 
 HELD_OUT_KEY = 1 << 20  # apart from the stages' own keys, which are their numbers
 
@@ -61,6 +63,13 @@ class StagePlan:
         return self.corpus.reports
 
 
+def check_tokenizer(student: Path, teachers) -> None:
+    """Raises UserError where the checkpoint folder `student` has a tokenizer that is not its teacher's."""
+    own = load_tokenizer(student)
+    if own is not None:
+        check_same_tokenizer(teachers, own)
+
+
 def prepare(
     recipe: Recipe,
     tokenizer,
@@ -70,11 +79,12 @@ def prepare(
     world: World,
     *,
     write: Callable[[Source], Source] | None = None,
-    advance: Callable[[int], None] = lambda tokens: None,
+    advance: Callable[[Source, int], None] = lambda source, tokens: None,
 ) -> Prepared:
     """Tokenises all sources; `write` makes files of those the teacher writes (None: they are only planned).
 
-    `advance` is told of every document. Raises UserError for what is wrong with a source, on every rank.
+    `advance` is told a source and its tokens so far after every document. Raises UserError for what is wrong with a
+    source, on every rank.
     """
     written: dict[str, Source] = {}
 
@@ -84,7 +94,7 @@ def prepare(
                 return planned(source)
             source = written[source.name]
         options = {"vocab_size": vocab_size, "train_on": recipe.data.train_on, "stop_ids": stop_ids}
-        return tokenise(source, tokenizer, cache, **options, advance=advance)
+        return tokenise(source, tokenizer, cache, **options, advance=functools.partial(advance, source))
 
     sources = [*recipe.data.sources, *recipe.evaluation.sources]
     if write is not None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from deltanet.errors import UserError, nearest
 
 from .redact import looks_secret, mask, names_a_secret
-from .schema import DEFAULTS_OF, LOSSES_OF, READY, Recipe, Source, Stage
+from .schema import DEFAULTS_OF, LOSSES_OF, USUAL_NAME, Recipe, Source, Stage, has_key
 from .yaml_lines import KeyPath, dotted, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
@@ -103,7 +103,9 @@ def _reads(stage: Stage, source: Source) -> bool:
 
 def show(recipe: Recipe) -> str:
     """The resolved recipe as YAML, secrets masked; loading it gives the same recipe."""
-    return write_yaml(mask(recipe.model_dump(mode="json")))
+    shown = recipe.model_dump(mode="json")
+    shown["stages"] = [{k: v for k, v in stage.items() if has_key(stage["kind"], k)} for stage in shown["stages"]]
+    return write_yaml(mask(shown))
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
@@ -203,8 +205,14 @@ def _resolve(value: dict) -> dict:
                 loss.setdefault("beta", DEFAULTS_OF["dpo"]["losses"][0]["beta"])
         if stage.get("name") is None and isinstance(kind, str):
             stage["name"] = kind if kinds.count(kind) == 1 else f"{kind}{kinds.count(kind)}"
-    data = value.get("data")
-    sources = data.get("sources") if isinstance(data, dict) else None
+    _name_sources(value.get("data"), USUAL_NAME)
+    _name_sources(value.get("evaluation"), "evaluation")
+    return value
+
+
+def _name_sources(section: Any, of_written: str) -> None:
+    """Names by file or data set; `of_written` is that of what the teacher writes."""
+    sources = section.get("sources") if isinstance(section, dict) else None
     for source in sources if isinstance(sources, list) else []:
         if isinstance(source, dict) and source.get("name") is None:
             place = source.get("path") or source.get("dataset")
@@ -212,8 +220,7 @@ def _resolve(value: dict) -> dict:
             if isinstance(place, str):
                 source["name"] = Path(place).name.split(".")[0]
             elif source.get("from_teacher") is not None:
-                source["name"] = "teacher"
-    return value
+                source["name"] = of_written
 
 
 def _with_folder(value: Any) -> Any:
@@ -238,6 +245,11 @@ def _check(recipe: Recipe) -> typing.Iterator[tuple[KeyPath, str]]:
                 yield (*path, "kind"), "the teacher writes texts and chats; `from_teacher:` makes no preferences"
             if source.dataset is None and (source.config or source.revision):
                 yield path, "`config:` and `revision:` belong to `dataset:`"
+    written = [source.name for source in recipe.data.sources if source.from_teacher is not None]
+    for index, source in enumerate(recipe.evaluation.sources):
+        if source.from_teacher is not None and source.name in written:
+            yield ("evaluation", "sources", index, "name"), f"{source.name!r} is the very text that the stages train " \
+                "on; what the teacher writes follows from the name, so give it a name of its own"  # fmt: skip
     for index, name in enumerate(names):
         if name in names[:index]:
             yield ("data", "sources", index, "name"), f"{name!r} names two sources; give each a name of its own"
@@ -269,14 +281,12 @@ def _check(recipe: Recipe) -> typing.Iterator[tuple[KeyPath, str]]:
 
 
 def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> typing.Iterator[tuple[KeyPath, str]]:
-    if stage.kind not in READY:
-        yield (*path, "kind"), f"{stage.kind!r} stages do not run yet; these do: {', '.join(READY)}"
-        return
-    if (stage.kind == "convert_step") == (stage.hybrid is None):
-        what = "say which layers keep attention" if stage.hybrid is None else "only a convert_step stage has it"
-        yield (*path, "hybrid"), what
-    if stage.kind == "convert_step" and stage.steps is not None:
-        yield (*path, "steps"), "a convert_step stage has none: it fits on `tokens:`, and trains nothing"
+    for key in sorted(key for key in stage.model_fields_set if not has_key(stage.kind, key)):
+        keys = [name for name in type(stage).model_fields if has_key(stage.kind, name)]
+        yield (*path, key), f"a {stage.kind} stage has no such key; allowed: {', '.join(keys)}"
+    if stage.kind == "convert_step":
+        if stage.hybrid is None:
+            yield (*path, "hybrid"), "say which layers keep attention"
     elif (stage.steps is None) == (stage.tokens is None):
         yield path, "say `steps:` or `tokens:`, one of them"
     for index, loss in enumerate(stage.losses):
@@ -345,6 +355,8 @@ def _explain(error: dict) -> str:
         return f"unknown key{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
     if kind == "missing":
         return MISSING
+    if kind == "literal_error" and error["loc"][0] == "stages" and got == "calibrate":
+        return "calibration is no stage: `student.convert` does it (`calibrate:`), and convert_step for its own layers"
     if kind == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "")
         return f"got {_name(got)}, allowed: {allowed}{nearest(str(got), allowed.split(', '))}"

@@ -13,6 +13,7 @@ are the same thing. Twins: tests/distill/test_run.py, tests/fault/test_kill.py.
 """
 
 import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -38,10 +39,10 @@ from .evaluate import compare, mean_parts
 from .export import export
 from .interrupts import Interrupts
 from .loop import Job, Rim, positions_of, train
-from .metrics import MetricsLog, read_metrics, trackers
+from .metrics import MetricsLog, Pulse, read_metrics, trackers
 from .onpolicy import Completions
 from .preferences import keep_reference
-from .prepare import Prepared, StagePlan, held_out_sequences, once, plan_stages, prepare
+from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, once, plan_stages, prepare
 from .recipe import load_recipe, show
 from .records import check_recipe_unchanged, write_records
 from .report import sample, write_report
@@ -79,7 +80,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: Path, teacher: Path, world: World, interrupts: Interrupts):
         self.recipe, self.folder, self.world, self.interrupts = recipe, folder, world, interrupts
-        self.teacher_folder, self.commits = teacher, folder / "commits"
+        self.teacher_folder, self.commits, self.pulse = teacher, folder / "commits", Pulse()
         training, sharding = recipe.training, recipe.deepspeed
         self.settings = EngineSettings(
             zero_stage=sharding.stage,
@@ -99,6 +100,7 @@ class _Run:
         if tokenizer is None:
             raise UserError(f"teacher.model: {self.recipe.teacher.model} has no tokenizer, so no text can be read")
         self.tokenizer = tokenizer
+        once(self.world, lambda: check_tokenizer(self.start, tokenizer))
         self.teacher = self._load_teacher()
         vocab_size = self.teacher.config.vocab_size
         self.vocab_size = min(vocab_size, len(tokenizer))
@@ -167,10 +169,14 @@ class _Run:
     def _write_text(self, source: Source) -> Source:
         _say(f"the teacher writes {source.from_teacher:,} tokens to {self.folder / 'written'}")
         seed = self.recipe.data.seed
-        return written_source(source, self.teacher, self.tokenizer, self.folder / "written", seed, self._watch)
+        watch = functools.partial(self._watch, source)
+        return written_source(source, self.teacher, self.tokenizer, self.folder / "written", seed, watch)
 
-    def _watch(self, _tokens: int) -> None:
-        """Lets a signal end long preparations of a single process; of several, the first step looks."""
+    def _watch(self, source: Source, tokens: int) -> None:
+        """Says how far long preparations are, and lets a signal end those of a single process; of several, the first
+        step looks."""
+        what = "tokenised" if source.from_teacher is None else f"of {source.from_teacher:,} tokens are written"
+        self.pulse(f"{source.name}: {tokens:,} {what}")
         if self.world.size == 1:
             self.interrupts.check("nothing was trained yet")
 

@@ -52,6 +52,9 @@ class Student(Section):
     convert: Convert | None = Field(None, description="makes the student from the teacher where the folder is absent")
 
 
+USUAL_NAME = "teacher"  # of a source with `from_teacher` that is given none
+
+
 class Source(Section):
     name: str | None = Field(None, description="what stages call it; by default the file's name")
     path: Names | None = Field(None, description="local files or globs: txt, jsonl, json, parquet, each also .gz")
@@ -82,17 +85,7 @@ class Data(Section):
     seed: int = Field(0, ge=0, description="of the order of the documents")
 
 
-KINDS = ("calibrate", "align", "distil", "long", "sft", "dpo", "onpolicy", "pretrain", "convert_step")
-READY = (
-    "align",
-    "distil",
-    "long",
-    "sft",
-    "dpo",
-    "onpolicy",
-    "pretrain",
-    "convert_step",
-)  # the others are refused when a recipe is loaded
+KINDS = ("align", "distil", "long", "sft", "dpo", "onpolicy", "pretrain", "convert_step")
 _TOKEN_LOSSES = ("forward_kl", "reverse_kl", "jsd", "ce", "hidden_cosine", "hidden_mse", "layer_cosine")
 LOSSES_OF = {
     "align": ("mixer_l2", "mixer_mse", "mixer_cosine"),
@@ -160,6 +153,13 @@ class Stage(Section):
     completion_tokens: int = Field(128, gt=0, description="of onpolicy: the most that the student writes after it")
     batch_size: int | None = Field(None, gt=0, description="instead of training.batch_size")
     micro_batch_size: int | None = Field(None, gt=0, description="instead of training.micro_batch_size")
+
+
+def has_key(kind: str, key: str) -> bool:
+    """Whether a stage of this kind reads the key; one that it does not read is refused and not shown."""
+    if kind == "convert_step":
+        return key in ("name", "kind", "hybrid", "tokens", "sources", "seq_len")
+    return key != "hybrid" and (kind == "onpolicy" or key not in ("prompt_tokens", "completion_tokens"))
 
 
 class Training(Section):

@@ -18,7 +18,7 @@ from convert.text import write_text
 from deltanet.errors import DeltanetError
 
 from .order import hashed
-from .schema import Source
+from .schema import USUAL_NAME, Source
 from .teacher_chats import write_chats
 from .token_cache import Facts, Tokens
 
@@ -38,16 +38,17 @@ def written_source(
 ) -> Source:
     """The source with `path` naming the files the teacher has written: at least `from_teacher` tokens in all.
 
-    The same seed and teacher write the same text. `advance` is told the tokens so far after every portion. Raises
-    DeltanetError where the teacher only repeats itself.
+    The same seed, name and teacher write the same text, other names other text. `advance` is told the tokens so far
+    after every portion. Raises DeltanetError where the teacher only repeats itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []
     tokens, empty = 0, 0
+    own = () if source.name == USUAL_NAME else (zlib.crc32(source.name.encode()),)
     while tokens < source.from_teacher:
         file = folder / f"{source.name}-{len(files):04}.jsonl"
         if not file.is_file():
-            key = int(hashed(seed, len(files))[0]) >> 1
+            key = int(hashed(seed, *own, len(files))[0]) >> 1
             _store(file, _portion(source, teacher, tokenizer, key))
         files.append(str(file))
         found = sum(json.loads(line)["tokens"] for line in file.read_text(encoding="utf-8").splitlines())

@@ -63,7 +63,8 @@ def tokenizer_digest(tokenizer) -> str:
 def check_same_tokenizer(teacher, student) -> None:
     """Raises UserError naming the first difference, since a distillation compares the two models token by token."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    for token in sorted({*ours, *theirs}, key=lambda token: (theirs.get(token, ours.get(token)), token)):
+    differing = {token for token, _ in ours.items() ^ theirs.items()}
+    for token in sorted(differing, key=lambda token: (theirs.get(token, ours.get(token)), token)):
         if ours.get(token) != theirs.get(token):
             raise UserError(
                 f"the student's tokenizer is not its teacher's: {token!r} is {ours.get(token, 'absent')} in the "

@@ -160,5 +160,5 @@ def test_a_step_that_cannot_be_is_refused_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "run" / "commits").exists()
     with pytest.raises(UserError, match=r"stages\.1\.hybrid: say which layers keep attention"):
         distil(recipe, ["stages.1.hybrid=null"], output=tmp_path / "run")
-    with pytest.raises(UserError, match=r"stages\.1\.steps: a convert_step stage has none"):
+    with pytest.raises(UserError, match=r"stages\.1\.steps: a convert_step stage has no such key"):
         distil(recipe, ["stages.1.steps=3"], output=tmp_path / "run")

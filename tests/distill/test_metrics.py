@@ -7,7 +7,7 @@ import types
 import pytest
 
 from deltanet.errors import UserError
-from distill.metrics import MetricsLog, read_metrics, trackers
+from distill.metrics import MetricsLog, Pulse, read_metrics, trackers
 from distill.schema import Logging
 
 
@@ -33,6 +33,14 @@ def test_what_lies_beyond_the_point_of_resuming_is_cut_off(tmp_path):
     assert [(r["stage_index"], r["step"]) for r in read_metrics(log.path)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     log.keep_before(0, 0)
     assert read_metrics(log.path) == []
+
+
+def test_long_work_says_how_far_it_is_and_short_work_nothing(capsys):
+    patient, chatty = Pulse(), Pulse(seconds=0)
+    for count in range(2):
+        patient(f"{count} of 2")
+        chatty(f"{count} of 2")
+    assert capsys.readouterr().err == "0 of 2\n1 of 2\n"
 
 
 def test_a_log_that_is_not_there_yet_is_nothing_to_cut(tmp_path):

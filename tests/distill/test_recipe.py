@@ -9,7 +9,7 @@ import pytest
 from deltanet.errors import UserError
 from distill.recipe import changes, json_schema, load_recipe, parse_recipe, recipes_folder, show
 from distill.redact import mask, names_a_secret
-from distill.schema import DEFAULTS_OF, KINDS, LOSSES_OF, READY, Stage
+from distill.schema import DEFAULTS_OF, KINDS, LOSSES_OF, Stage
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = """version: 1
@@ -59,9 +59,9 @@ def test_defaults_by_kind_are_filled_in():
         ("lr: 1e-4", "lr: -1", "r.yaml:15 stages.1.lr: got -1, expected a number at least 0"),
         ("lr: 1e-4", "lr: 1\n    lr: 2", "r.yaml:16 stages.1.lr: the key is there twice, first in line 15"),
         ("lr: 1e-4", "warmup_step: 4", "r.yaml:15 stages.1.warmup_step: unknown key (did you mean 'warmup_steps'?); "),
-        ("kind: distil", "kind: distill", "r.yaml:13 stages.1.kind: got 'distill' (text), allowed: calibrate, align, "),
+        ("kind: distil", "kind: distill", "r.yaml:13 stages.1.kind: got 'distill' (text), allowed: align, distil, "),
         ("kind: distil", "kind: distill", "(did you mean 'distil'?)"),
-        ("kind: distil", "kind: calibrate", "r.yaml:13 stages.1.kind: 'calibrate' stages do not run yet; these do: "),
+        ("kind: distil", "kind: calibrate", "r.yaml:13 stages.1.kind: calibration is no stage: `student.convert` does"),
         ("steps: 10", "steps: 10.5", "r.yaml:12 stages.0.steps: got 10.5, expected a whole number"),
         ("steps: 10", "steps: yes", "r.yaml:12 stages.0.steps: got 'yes' (text), expected a whole number"),
         ("steps: 10", "steps: 0", "r.yaml:12 stages.0.steps: got 0, expected a number above 0"),
@@ -70,6 +70,8 @@ def test_defaults_by_kind_are_filled_in():
         ("steps: 10", "steps: 3\n    warmup_steps: 4", "r.yaml:13 stages.0.warmup_steps: 4 is more than the stage's 3"),
         ("steps: 10", "steps: 1\n    losses: [{name: ce}]", "r.yaml:13 stages.0.losses.0.name: 'ce' is no loss"),
         ("steps: 10", "steps: 1\n    sources: [storys]", "'storys' is no source; allowed: stories (did you mean"),
+        ("lr: 1e-4", "hybrid: none", "r.yaml:15 stages.1.hybrid: a distil stage has no such key; allowed: name, kind,"),
+        ("lr: 1e-4", "prompt_tokens: 4", "r.yaml:15 stages.1.prompt_tokens: a distil stage has no such key; allowed: "),
         ("version: 1", "version: 2", "r.yaml:1 version: got 2, allowed: 1"),
         ("version: 1\n", "", "r.yaml:1 version: missing"),
         ("teacher:\n  model: demo", "teacher: demo", "r.yaml:2 teacher: got 'demo' (text), expected a mapping"),
@@ -92,6 +94,14 @@ def test_a_mistake_is_one_line_with_its_place(old, new, message):
         parse(old, new)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("r.yaml:")
+
+
+def test_the_teacher_does_not_write_the_same_text_for_training_and_for_evaluation():
+    train, held = "data.sources=[{from_teacher: 500}]", "evaluation.sources=[{from_teacher: 100}]"
+    recipe = parse("", "", train, held)
+    assert [recipe.data.sources[0].name, recipe.evaluation.sources[0].name] == ["teacher", "evaluation"]
+    with pytest.raises(UserError, match=r"evaluation.sources.0.name: 'teacher' is the very text that the stages train"):
+        parse("", "", train, held, "evaluation.sources.0.name=teacher")
 
 
 def test_the_first_mistake_of_several_is_told_with_their_number():
@@ -148,6 +158,19 @@ def test_what_is_shown_loads_to_the_same_recipe():
     recipe = parse("", "", "stages.0.lr_groups={mixers: 1e-3}", "evaluation.prompt='1e-5'")
     again = parse_recipe(show(recipe), "shown.yaml")
     assert again == recipe
+
+
+@pytest.mark.parametrize("key", ["lr: 1e-4", "trainable: all", "lora: {rank: 4}", "steps: 3", "warmup_steps: 0"])
+def test_a_conversion_step_refuses_what_only_training_reads_and_shows_none_of_it(key):
+    step = "kind: convert_step\n    hybrid: none\n    "
+    message = f"r.yaml:15 stages.1.{key.partition(':')[0]}: a convert_step stage has no such key; allowed: name, kind, "
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse("kind: distil\n    tokens: 100000\n    lr: 1e-4", step + key)
+    recipe = parse("kind: distil\n    tokens: 100000\n    lr: 1e-4", step + "tokens: 7")
+    assert parse_recipe(show(recipe), "shown.yaml") == recipe
+    shown = show(recipe).partition("kind: convert_step")[2].partition("training:")[0]
+    assert "tokens: 7" in shown
+    assert "lr" not in shown
 
 
 def test_changes_are_those_a_resumed_run_may_not_make():
@@ -220,8 +243,7 @@ def test_the_shipped_json_schema_is_that_of_the_models():
 
 
 def test_every_kind_that_runs_has_losses_and_defaults_that_load():
-    assert set(READY) == set(DEFAULTS_OF) == set(LOSSES_OF)
-    assert set(READY) <= set(KINDS)
+    assert set(KINDS) == set(DEFAULTS_OF) == set(LOSSES_OF)
     for kind, defaults in DEFAULTS_OF.items():
         stage = Stage(kind=kind, **({"steps": 1} | defaults))
         assert {loss.name for loss in stage.losses} <= set(LOSSES_OF[kind])

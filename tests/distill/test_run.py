@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import small_run
@@ -13,6 +14,8 @@ import deltanet
 from deltanet.errors import DeltanetError, UserError
 from distill import run as run_module
 from distill.commit import Damaged, locked
+from distill.dry_run import describe
+from distill.recipe import load_recipe
 from distill.run import distil
 
 
@@ -174,6 +177,23 @@ def test_a_dpo_stage_runs_from_pairs_to_export_and_resumes_to_the_same_weights(t
     assert again["results"] == whole["results"]
     after = load_file(tmp_path / "whole" / "export" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_student_with_another_tokenizer_than_its_teachers_is_refused_before_anything_is_made(made, tmp_path):
+    folder, _ = made
+    student = tmp_path / "student"
+    shutil.copytree(folder / "run" / "student", student)
+    rules = json.loads((student / "tokenizer.json").read_text())
+    first, second = list(rules["model"]["vocab"])[300:302]
+    vocabulary = rules["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (student / "tokenizer.json").write_text(json.dumps(rules))
+    overrides = ["student.convert=null", f"student.model={student}"]
+    with pytest.raises(UserError, match=r"student's tokenizer is not its teacher's: .* is 301 in the student and 300"):
+        distil(folder / "r.yaml", overrides, output=tmp_path / "run")
+    assert not (tmp_path / "run" / "tokens").exists()
+    with pytest.raises(UserError, match="the student's tokenizer is not its teacher's"):
+        describe(load_recipe(folder / "r.yaml", overrides), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("zero", [0, 2])

@@ -24,8 +24,8 @@ def small_portions(monkeypatch):
     monkeypatch.setattr(teacher_text, "LENGTH", 64)
 
 
-def write(folder, seed=0):
-    source = written_source(SOURCE, TEACHER, TOKENIZER, folder, seed)
+def write(folder, seed=0, name="teacher"):
+    source = written_source(SOURCE.model_copy(update={"name": name}), TEACHER, TOKENIZER, folder, seed)
     return source, [json.loads(line) for name in source.path for line in open(name, encoding="utf-8")]
 
 
@@ -33,6 +33,8 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another(tmp_path):
     source, documents = write(tmp_path / "a")
     assert documents == write(tmp_path / "b")[1]
     assert documents != write(tmp_path / "c", seed=1)[1]
+    others = [write(tmp_path / "d", name=name)[1] for name in ("one", "two")]
+    assert documents != others[0] != others[1] != documents
     assert sum(document["tokens"] for document in documents) >= 300
     assert source.from_teacher is None
     assert len(source.path) > 1
