@@ -1,0 +1,102 @@
+"""Distils a student for every row of a table, and measures each beside its teacher.
+
+    python -m benchmarks.students TABLE.yaml -o OUT [--rows NAME ...] [KEY.PATH=VALUE ...]
+
+TABLE.yaml (benchmarks/tables/) names a recipe, the texts and tasks to measure on, and for every row the keys of the
+recipe that it changes; KEY.PATH=VALUE is laid over every row (teacher.model=FOLDER). A row that is in OUT already is
+not run again; one that fails is told, the others go on. Results: OUT/ROW/eval/TEXT, OUT/students.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+
+def call(main: str, arguments: list[str], log: Path) -> bool:
+    """Runs a command of cli.py in a process of its own; its output goes to `log`."""
+    code = f"import sys, cli; sys.exit(cli.{main}(sys.argv[1:]))"
+    with log.open("a") as file:
+        return subprocess.run([sys.executable, "-c", code, *arguments], stdout=file, stderr=file).returncode == 0
+
+
+def run(row: dict, table: dict, overrides: list[str], folder: Path, teacher: str) -> str | None:
+    """Distils one row into `folder` and measures it; returns what failed, if anything did."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = [f"{key}={json.dumps(value)}" for key, value in row.items()]
+    began = time.monotonic()
+    if not (folder / "run" / "export").is_dir():
+        arguments = [table["recipe"], *keys, *overrides, "-o", str(folder / "run")]
+        if not call("distill_main", arguments, folder / "distill.log"):
+            return "distillation"
+    seconds = time.monotonic() - began
+    for index, (text, file) in enumerate(table["texts"].items()):
+        arguments = [str(folder / "run" / "export"), "--against", teacher, "--text", file, "--contexts", "none"]
+        arguments += ["--tasks", *(table["tasks"] if index == 0 else ["none"]), "-o", str(folder / "eval" / text)]
+        if not call("eval_main", arguments + table.get("options", []), folder / "eval.log"):
+            return "evaluation"
+    (folder / "seconds.json").write_text(json.dumps({"distil": seconds, "all": time.monotonic() - began}))
+    return None
+
+
+def figures(folder: Path, table: dict) -> tuple[dict[str, str], dict[str, str]]:
+    """The columns that the reports in `folder` give of the student and of its teacher."""
+    student, teacher = {}, {}
+    for text in table["texts"]:
+        report = json.loads((folder / "eval" / text / "evaluation.json").read_text())
+        perplexity = report["perplexity"]
+        teacher[f"{text} perplexity"] = f"{perplexity['teacher']:.3f}"
+        student[f"{text} perplexity"] = f"{perplexity['student'] / perplexity['teacher']:.4f}x"
+        student[f"{text} KL"] = f"{report['kl']:.4f}"
+        for probe in ("repeat", "needle") if "recall" in report else ():
+            for who, columns in (("student", student), ("teacher", teacher)):
+                columns[f"{text} {probe}"] = f"{report['recall'][probe][who]:.3f}"
+        for name, task in report.get("tasks", {}).items():
+            for columns, found in ((student, task), (teacher, task["teacher"])):
+                columns[name] = f"{found['accuracy']:.3f} ± {found['stderr']:.3f}"
+                for level, figure in found.get("by_level", {}).items():
+                    columns[f"{name} {level}"] = f"{figure['accuracy']:.3f}"
+    return student, teacher
+
+
+def markdown(rows: dict[str, dict[str, str]]) -> str:
+    names = list(dict.fromkeys(column for columns in rows.values() for column in columns))
+    lines = ["| row | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {row} | " + " | ".join(columns.get(n, "") for n in names) + " |" for row, columns in rows.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", help="only these")
+    arguments = parser.parse_intermixed_args()
+    table = yaml.safe_load(arguments.table.read_text())
+    named = [value for key, _, value in (o.partition("=") for o in arguments.overrides) if key == "teacher.model"]
+    teacher = named[-1] if named else yaml.safe_load(Path(table["recipe"]).read_text())["teacher"]["model"]
+    shown: dict[str, dict[str, str]] = {}
+    for name, row in table["rows"].items():
+        if arguments.rows and name not in arguments.rows:
+            continue
+        folder = arguments.output / name
+        if not (folder / "seconds.json").is_file():
+            failed = run(row or {}, table, arguments.overrides, folder, teacher)
+            if failed:
+                print(f"{name}: the {failed} failed; its log is in {folder}", file=sys.stderr, flush=True)
+                continue
+        columns, shown["teacher"] = figures(folder, table)
+        seconds = json.loads((folder / "seconds.json").read_text())["distil"]
+        shown[name] = columns | {"seconds to distil": f"{seconds:.0f}"}
+        (arguments.output / "students.md").write_text(markdown(shown) + "\n")
+        print(name, shown[name], flush=True)
+    print(markdown(shown))
+
+
+if __name__ == "__main__":
+    main()
