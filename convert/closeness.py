@@ -55,15 +55,15 @@ def closeness(
     advance = advance or (lambda amount: None)
     length = held_out.shape[1]
     held_out = held_out[: max(tokens // length, 1)].to(teacher.device)
-    layers = _layers(teacher, student, held_out)
+    layers = layer_errors(teacher, student, held_out)
     advance(1)
-    hidden = {"teacher": _hidden(teacher, held_out), "student": _hidden(student, held_out)}
+    hidden = {"teacher": final_states(teacher, held_out), "student": final_states(student, held_out)}
     advance(1)
     for name in _applicable(student):
         with varied(student, name, teacher, seed):
-            hidden[name] = _hidden(student, held_out)
+            hidden[name] = final_states(student, held_out)
         advance(1)
-    scores = _scores(teacher, student, hidden, held_out)
+    scores = compare(teacher, student, hidden, held_out)
     advance(1)
     report = {
         "tokens": held_out.numel(),
@@ -79,42 +79,55 @@ def closeness(
     return report
 
 
-def _layers(teacher, student, tokens: torch.Tensor) -> list[dict]:
-    """cosine: mean over tokens of the angle between the student's mixer output and the teacher's, given the same
-    input; relative_error: norm of the difference over the norm of the teacher's; residual_error: over the norm of the
-    residual stream it is added to, root mean square over tokens."""
-    stream, rows_of = Stream(teacher, tokens, 4), []
+class OutputError:
+    """How far a mixer's output is from the teacher's, given the same input, gathered batch by batch."""
+
+    def __init__(self):
+        self._sums, self._count = torch.zeros(4, dtype=torch.float64), 0
+
+    def add(self, made: torch.Tensor, wanted: torch.Tensor, residual: torch.Tensor) -> None:
+        """The student's output, the teacher's, and the residual stream before it is added, each (..., D)."""
+        error = (made - wanted).double().square().sum(-1)
+        size = wanted.double().square().sum(-1)
+        after = (residual + wanted).double().square().sum(-1)
+        cosine = F.cosine_similarity(made, wanted, dim=-1).double()
+        self._sums += torch.stack([cosine.sum(), error.sum(), size.sum(), (error / after).sum()]).cpu()
+        self._count += error.numel()
+
+    def figures(self) -> dict[str, float]:
+        """cosine: mean over tokens of the angle between the two; relative_error: norm of the difference over the norm
+        of the teacher's; residual_error: over the norm of the residual stream it is added to, root mean square over
+        tokens."""
+        cosine, error, size, share = self._sums.tolist()
+        return {
+            "cosine": cosine / self._count,
+            "relative_error": math.sqrt(error / max(size, 1e-30)),
+            "residual_error": math.sqrt(share / self._count),
+        }
+
+
+def layer_errors(teacher, student, tokens: torch.Tensor) -> list[dict]:
+    """`layer` and the figures of `OutputError` of every linear layer, on the teacher's own stream."""
+    stream, found = Stream(teacher, tokens, 4), []
     for layer, kind in enumerate(student.config.layer_types):
-        sums = torch.zeros(4, dtype=torch.float64)
+        error = OutputError()
         for rows in stream.rows():
             x = stream.mixer_input(layer, rows)
             wanted = stream.mix(layer, x)[1]
             if kind == LINEAR:
-                made = stream.mix(layer, x, student.model.layers[layer])[1]
-                error = (made - wanted).double().square().sum(-1)
-                size = wanted.double().square().sum(-1)
-                after = (stream.hidden[rows] + wanted).double().square().sum(-1)
-                cosine = F.cosine_similarity(made, wanted, dim=-1).double()
-                sums += torch.stack([cosine.sum(), error.sum(), size.sum(), (error / after).sum()]).cpu()
+                error.add(stream.mix(layer, x, student.model.layers[layer])[1], wanted, stream.hidden[rows])
             stream.advance(layer, rows, wanted)
         if kind == LINEAR:
-            rows_of.append(
-                {
-                    "layer": layer,
-                    "cosine": sums[0].item() / tokens.numel(),
-                    "relative_error": math.sqrt(sums[1] / sums[2].clamp(min=1e-30)),
-                    "residual_error": math.sqrt(sums[3] / tokens.numel()),
-                }
-            )
-    return rows_of
+            found.append({"layer": layer, **error.figures()})
+    return found
 
 
-def _hidden(model, tokens: torch.Tensor) -> torch.Tensor:
+def final_states(model, tokens: torch.Tensor) -> torch.Tensor:
     """(N, T, D): the final hidden states, one window at a time."""
     return torch.cat([model.model(window[None], use_cache=False).last_hidden_state for window in tokens])
 
 
-def _scores(teacher, student, hidden: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, dict]:
+def compare(teacher, student, hidden: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, dict]:
     """Perplexity of the next token and mean KL(teacher || model) in nats, for each of the hidden states."""
     loss, divergence = dict.fromkeys(hidden, 0.0), dict.fromkeys(hidden, 0.0)
     inputs, targets = {name: h[:, :-1].flatten(0, 1) for name, h in hidden.items()}, tokens[:, 1:].flatten()
