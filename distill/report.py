@@ -3,7 +3,6 @@
 The same facts stand in report.json. Twin: tests/distill/test_report.py.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def table(rows: list[dict]) -> str:
 
 
 def write_report(folder: Path, facts: dict, metrics: list[dict]) -> str:
-    """Writes report.json, report.md and, where matplotlib is installed, loss.png. Returns the text for the terminal."""
+    """Writes report.json, report.md and, where there are metrics, loss.png. Returns the text for the terminal."""
     (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     lines = [table(facts["results"]), ""]
     lines.append(f"held-out tokens {facts['held_out_tokens']:,}   training tokens {facts['tokens']:,}")
@@ -34,7 +33,7 @@ def write_report(folder: Path, facts: dict, metrics: list[dict]) -> str:
         lines.append(f"\n{model} writes: {text}")
     text = "\n".join(lines)
     (folder / "report.md").write_text(f"```\n{text}\n```\n", encoding="utf-8")
-    if metrics and importlib.util.find_spec("matplotlib"):
+    if metrics:
         _plot(folder / "loss.png", metrics)
     return text
 

@@ -6,6 +6,7 @@
     run/references/         of `dpo` stages: the student as the stage found it
     run/commits/step-N/     atomic checkpoints; the newest that verifies is where the run goes on
     run/metrics.jsonl report.json report.md loss.png
+    run/evaluation.*        the page of deltanet-eval, if the recipe asks for tasks or contexts
     run/export/             the finished student
 
 Every stage starts from a folder (the student's, or a commit), so going on to the next stage and resuming after a kill
@@ -36,6 +37,9 @@ from .commit import Commit, drop_newer, locked, newest_commit, verify, write_com
 from .convert_step import Untrained, config_after, convert_more, windows
 from .engine import Engine, EngineSettings, World, start_world
 from .evaluate import compare, mean_parts
+from .evaluation.at_end import evaluate_export
+from .evaluation.evaluate import check_contexts
+from .evaluation.selection import select
 from .export import export
 from .interrupts import Interrupts
 from .loop import Job, Rim, positions_of, train
@@ -92,6 +96,7 @@ class _Run:
 
     def everything(self, resume: str) -> dict:
         once(self.world, lambda: check_recipe_unchanged(self.folder, self.recipe))
+        self.tasks = once(self.world, lambda: select(self.recipe.evaluation.tasks, "evaluation.tasks"))
         commit = once(self.world, lambda: self._find_commit(resume))
         self.start = self._student_folder()
         once(self.world, self._check_steps)
@@ -102,6 +107,8 @@ class _Run:
         self.tokenizer = tokenizer
         once(self.world, lambda: check_tokenizer(self.start, tokenizer))
         self.teacher = self._load_teacher()
+        longest = self.teacher.config.max_position_embeddings
+        check_contexts(self.recipe.evaluation.contexts, longest, self.world.device, "evaluation.contexts")
         vocab_size = self.teacher.config.vocab_size
         self.vocab_size = min(vocab_size, len(tokenizer))
         stop_ids = self.teacher.config.eos_token_id
@@ -388,6 +395,11 @@ class _Run:
             }
             print(write_report(self.folder, facts, read_metrics(self.log.path)))
             print(f"\nexport   {out}")
+            evaluation = self.recipe.evaluation
+            if self.tasks or evaluation.contexts:
+                teacher = (self.recipe.teacher.model, self.teacher, self.tokenizer)
+                page = evaluate_export(out, *teacher, self.held_out, evaluation, self.tasks, self.folder)
+                print(f"page     {page}")
             return facts
 
         return once(self.world, finish)

@@ -197,6 +197,13 @@ class Evaluation(Section):
     tokens: int = Field(65536, gt=0, description="held-out tokens to measure on")
     sources: Many[Source] = Field((), description="instead of data.held_out")
     prompt: str = Field("Once upon a time", description="continued at the end of the run, to be read")
+    tasks: Names = Field(
+        (), description="at the end: generated tasks by name, all of them, or .jsonl files, as deltanet-eval takes them"
+    )
+    task_examples: int | None = Field(None, gt=0, description="of each task; None: 200 generated ones, or all of a file")
+    contexts: Many[Annotated[int, Field(gt=0)]] = Field(
+        (), description="at the end: lengths in tokens at which speed and memory are measured"
+    )
 
 
 class Export(Section):

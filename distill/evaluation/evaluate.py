@@ -165,7 +165,9 @@ def check_tokenizers(student: Subject, teacher: Subject | None) -> None:
         )
 
 
-def check_contexts(contexts: Sequence[int] | None, longest: int, device: torch.device) -> tuple[int, ...]:
+def check_contexts(
+    contexts: Sequence[int] | None, longest: int, device: torch.device, option: str = "--contexts"
+) -> tuple[int, ...]:
     """The contexts to measure at, rising; the default ones as far as `longest` goes. Raises UserError beyond it."""
     if contexts is None:
         fitting = [context for context in DEFAULT_CONTEXTS.get(device.type, (128, 512)) if context <= longest]
@@ -173,7 +175,7 @@ def check_contexts(contexts: Sequence[int] | None, longest: int, device: torch.d
     for context in contexts:
         if not SHORTEST_CONTEXT <= context <= longest:
             raise UserError(
-                f"--contexts {context}: allowed is {SHORTEST_CONTEXT} to {longest}, the range of the model "
+                f"{option} {context}: allowed is {SHORTEST_CONTEXT} to {longest}, the range of the model "
                 "(max_position_embeddings)"
             )
     return tuple(sorted(set(contexts)))

@@ -41,12 +41,12 @@ class Chosen:
         return self.task.run(subject, limit=limit, advance=advance)
 
 
-def select(names: Sequence[str]) -> list[Chosen]:
-    """The tasks named, each once, in the order given. Raises UserError for a name that is neither a task nor a file,
-    and for a file that cannot be read."""
+def select(names: Sequence[str], option: str = "--tasks") -> list[Chosen]:
+    """The tasks named, each once, in the order given. Raises UserError, headed by `option`, for a name that is neither
+    a task nor a file, and one that names the line for a file that cannot be read."""
     if NONE in names:
         if len(names) > 1:
-            raise UserError(f"--tasks {' '.join(names)}: none stands alone")
+            raise UserError(f"{option} {' '.join(names)}: none stands alone")
         return []
     chosen: dict[str, Chosen] = {}
     for name in names:
@@ -57,15 +57,15 @@ def select(names: Sequence[str]) -> list[Chosen]:
         elif Path(name).is_file():
             found = [_standard(name)]
         elif name.endswith((".jsonl", ".json")) or "/" in name:
-            raise UserError(f"--tasks {name}: no such file")
+            raise UserError(f"{option} {name}: no such file")
         else:
             known = [*TASKS, ALL, NONE]
             raise UserError(
-                f"--tasks {name}: no such task{nearest(name, known)}; tasks: {', '.join(known)}, or a .jsonl file"
+                f"{option} {name}: no such task{nearest(name, known)}; tasks: {', '.join(known)}, or a .jsonl file"
             )
         for one in found:
             if one.name in chosen and not one.is_generated:
-                raise UserError(f"--tasks {name}: two files called {one.name}")
+                raise UserError(f"{option} {name}: two files called {one.name}")
             chosen[one.name] = one
     return list(chosen.values())
 

@@ -82,7 +82,7 @@ def read_set(path: str | Path) -> StandardSet:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--tasks {path}: unreadable: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{path}: unreadable: {getattr(error, 'strerror', None) or error}") from None
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -96,7 +96,7 @@ def read_set(path: str | Path) -> StandardSet:
         if type(rows[-1]) is not type(rows[0]):
             raise UserError(f"{path}:{number}: a row of another kind than the first; give each kind a file of its own")
     if not rows:
-        raise UserError(f"--tasks {path}: no rows in it")
+        raise UserError(f"{path}: no rows in it")
     return StandardSet(path.stem, rows)
 
 
