@@ -233,18 +233,18 @@ def write_text(
     advance: Callable[[float], None] | None = None,
     batch: int = 48,
 ) -> torch.Tensor:
-    """(windows, length) token ids sampled from the teacher at temperature 1: the same for the same seed.
+    """(windows, length) token ids sampled from the teacher at temperature 1: the same for the same seed and device.
 
     A third of the rows begin like a document, a third with a random token, a third like a chat where the teacher has
     a template (else like a document). No sampled token ends a row: after an end of text the teacher starts another.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(teacher.device).manual_seed(seed)
     vocabulary = teacher.config.vocab_size
     start = document_start(tokenizer) if tokenizer is not None else teacher.config.bos_token_id
     start = 0 if start is None else start
     chat = _chat_opening(tokenizer) or [start]
     openings = [
-        [chat, [start], [start, int(torch.randint(vocabulary, (1,), generator=generator))]][row % 3]
+        [chat, [start], [start, _any_token(vocabulary, generator)]][row % 3]
         for row in range(windows)
     ]
     given = torch.full((windows, length), -1, dtype=torch.int64)
@@ -257,12 +257,16 @@ def write_text(
             ids = out[group, position - 1 : position].to(teacher.device)
             output = teacher(ids, cache=cache, use_cache=True, logits_to_keep=1)
             cache = output[CACHE]
-            chances = torch.softmax(output.logits[:, -1].float().cpu(), -1)
-            sampled = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            chances = torch.softmax(output.logits[:, -1].float(), -1)
+            sampled = torch.multinomial(chances, 1, generator=generator)[:, 0].cpu()
             out[group, position] = torch.where(given[group, position] < 0, sampled, given[group, position])
             if advance is not None:
                 advance(len(sampled))
     return out
+
+
+def _any_token(vocabulary: int, generator: torch.Generator) -> int:
+    return int(torch.randint(vocabulary, (1,), generator=generator, device=generator.device))
 
 
 def _chat_opening(tokenizer) -> list[int]:

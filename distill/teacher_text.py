@@ -22,7 +22,7 @@ from .schema import USUAL_NAME, Source
 from .teacher_chats import write_chats
 from .token_cache import Facts, Tokens
 
-ROWS, LENGTH = 128, 256  # of a portion
+ROWS, LENGTH = {"cpu": 128, "cuda": 1024}, 256  # of a portion; a GPU takes as long for many rows as for few
 SHORTEST = 32  # tokens of a document that is kept
 LEAST_NEW = 0.2  # compressed over plain bytes; stories and prose are at 0.4 to 0.6, a loop is below 0.1
 MOST_EMPTY = 5  # portions in a row that gave nothing
@@ -38,7 +38,7 @@ def written_source(
 ) -> Source:
     """The source with `path` naming the files the teacher has written: at least `from_teacher` tokens in all.
 
-    The same seed, name and teacher write the same text, other names other text. `advance` is told the tokens so far
+    The same seed, name, teacher and kind of device write the same text, other names other text. `advance` is told the tokens so far
     after every portion. Raises DeltanetError where the teacher only repeats itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def written_source(
         if empty == MOST_EMPTY:
             what = "repeats itself in {} rows" if source.kind == "text" else "ends none of {} chats"
             raise DeltanetError(
-                f"source {source.name}: the teacher {what.format(ROWS * empty)}; give a {source.kind} instead"
+                f"source {source.name}: the teacher {what.format(_rows(teacher) * empty)}; give a {source.kind} instead"
             )
         advance(tokens)
     return source.model_copy(update={"path": tuple(files), "from_teacher": None})
@@ -75,10 +75,14 @@ def _portion(source: Source, teacher, tokenizer, key: int) -> list[dict]:
     if source.kind == "chat":
         ends = teacher.config.eos_token_id
         stop_ids = {*([ends] if isinstance(ends, int) else ends or []), tokenizer.eos_token_id} - {None}
-        return write_chats(teacher, tokenizer, ROWS, key, stop_ids=stop_ids, is_dull=repeats)
-    length = min(LENGTH, teacher.config.max_position_embeddings)
-    rows = write_text(teacher, tokenizer, ROWS, length, key, batch=ROWS).numpy()
+        return write_chats(teacher, tokenizer, _rows(teacher), key, stop_ids=stop_ids, is_dull=repeats)
+    length, count = min(LENGTH, teacher.config.max_position_embeddings), _rows(teacher)
+    rows = write_text(teacher, tokenizer, count, length, key, batch=count).numpy()
     return [document for row in rows for document in _documents(row, tokenizer)]
+
+
+def _rows(teacher) -> int:
+    return ROWS.get(teacher.device.type, 128)
 
 
 def _documents(row: np.ndarray, tokenizer) -> list[dict]:

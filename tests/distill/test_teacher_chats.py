@@ -42,7 +42,7 @@ def teacher():
 
 @pytest.fixture(autouse=True)
 def small_portions(monkeypatch):
-    monkeypatch.setattr(teacher_text, "ROWS", 8)
+    monkeypatch.setitem(teacher_text.ROWS, "cpu", 8)
 
 
 def test_the_same_key_writes_the_same_chats_each_a_question_and_an_answer(teacher):

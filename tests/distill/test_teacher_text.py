@@ -20,7 +20,7 @@ SOURCE = Source(name="teacher", from_teacher=300)
 
 @pytest.fixture(autouse=True)
 def small_portions(monkeypatch):
-    monkeypatch.setattr(teacher_text, "ROWS", 4)
+    monkeypatch.setitem(teacher_text.ROWS, "cpu", 4)
     monkeypatch.setattr(teacher_text, "LENGTH", 64)
 
 
