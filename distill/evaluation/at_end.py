@@ -13,7 +13,7 @@ from .command import NAME, write_reports
 from .evaluate import loss_curve, measure
 from .selection import Chosen
 from .subject import Subject, load_subject
-from .text import TOKENS
+from .windows import TOKENS
 
 
 def evaluate_export(

@@ -1,6 +1,6 @@
 """What `deltanet-eval` does: measures, then prints the report, and with -o writes it in three forms.
 
-Twin: tests/distill/evaluation/test_command.py.
+Twin: tests/distill/evaluation/test_eval_command.py.
 """
 
 import json

@@ -24,7 +24,7 @@ from .language import continuations, language
 from .result import TaskResult
 from .selection import Chosen, select
 from .subject import Subject, load_subject
-from .text import NONE, SELF, TOKENS, read_windows
+from .windows import NONE, SELF, TOKENS, read_windows
 from .worth import DECODED, device_name, worth
 
 DEFAULT_CONTEXTS = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192, 32768)}

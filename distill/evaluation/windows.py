@@ -1,4 +1,4 @@
-"""The text a model is measured on, as windows of token ids. Twin: tests/distill/evaluation/test_text.py."""
+"""The text a model is measured on, as windows of token ids. Twin: tests/distill/evaluation/test_windows.py."""
 
 import torch
 
