@@ -62,6 +62,8 @@ def explained(error: Exception, repository: str) -> DeltanetError:
         return DeltanetError(
             f"{repository}: it was changed by someone else at the same time ({status}); look at it, then {RERUN[2:]}"
         )
+    if isinstance(error, ValueError) and isinstance(error.__cause__, errors.BadRequestError):
+        return UserError(f"{repository}: the Hub refuses it (400): {' '.join(str(error).split())[:300]}")
     if status in (400, 413, 422):
         return UserError(f"{repository}: the Hub refuses it ({status}): {_server_words(error)}")
     if _delay(error, 0) is not None:

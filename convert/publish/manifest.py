@@ -58,21 +58,26 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     path = folder / MANIFEST
     try:
         if path.stat().st_size > LARGEST:
-            raise ValueError(f"longer than {LARGEST:,} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-        if data["format"] != FORMAT or set(data) != {"format", "files"}:
-            raise ValueError(f"format {data['format']!r} with {sorted(data)} is not known")
-        files = {}
-        for name, entry in data["files"].items():
-            if set(entry) != {"bytes", "sha256"} or type(entry["bytes"]) is not int:
-                raise ValueError(f"the entry of {name!r} has not bytes and sha256")
-            if not is_plain(name):
-                raise ValueError(f"{name!r} is not a name within the folder")
-            files[name] = (entry["bytes"], entry["sha256"])
+            raise UserError(f"{MANIFEST}: longer than {LARGEST:,} bytes")
+        return parse_manifest(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{MANIFEST}: missing, so no file can be compared with its digest") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{MANIFEST}: unreadable: {error}") from None
+
+
+def parse_manifest(data: bytes) -> dict[str, tuple[int, str]]:
+    """name -> (bytes, sha256). Raises UserError unless `data` is, to the byte, what `as_manifest` writes."""
+    try:
+        listed = json.loads(data.decode("utf-8"))["files"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+        if data != as_manifest(files).encode("utf-8"):
+            raise ValueError("not as it was written, or of another format")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{MANIFEST}: unreadable: {type(error).__name__}: {error}") from None
+    outside = [name for name in files if not is_plain(name)]
+    if outside:
+        raise UserError(f"{MANIFEST}: {outside[0]!r} is not a name within the folder")
     return files
 
 
@@ -104,10 +109,3 @@ def damage(folder: Path) -> list[str]:
         elif sha256_of(path) != listed[name][1]:
             problems.append(f"{name}: its sha256 is not the one in {MANIFEST}")
     return problems
-
-
-def _once(pairs: list[tuple]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name comes twice")
-    return result

@@ -233,11 +233,16 @@ def _tree(api, repository: str, commit: str) -> dict:
 
 
 def _limit_silence() -> None:
-    """Gives the Hub library's HTTP client a time limit on silence."""
+    """Gives the Hub library's HTTP client a limit on silence, also where a call of it asks for none."""
     from huggingface_hub import get_session, set_client_factory
+
+    def limit(request) -> None:
+        asked = request.extensions.get("timeout") or {}
+        request.extensions["timeout"] = {key: asked.get(key) or SILENCE for key in ("connect", "read", "write", "pool")}
 
     session = get_session()
     kind, hooks = type(session), session.event_hooks
+    hooks = hooks | {"request": [hook for hook in hooks["request"] if hook.__name__ != limit.__name__] + [limit]}
     set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=SILENCE))
 
 

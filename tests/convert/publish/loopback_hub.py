@@ -131,6 +131,7 @@ class Refused(Exception):
 class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # 40 ms an answer otherwise
 
     def log_message(self, *_) -> None:
         pass
@@ -260,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name.split("/")[0] != OWNER:
             raise Refused(403, message="You don't have the rights to create a model under this namespace")
         if name in self.hub.repositories:
-            raise Refused(409, message="You already created this model repo")
+            return 409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, {}
         private = data.get("private", data.get("visibility") == "private")
         self.hub.create(name, private=bool(private))
         return 200, {"url": f"{self.hub.url}/{name}"}, {}

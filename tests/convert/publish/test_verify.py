@@ -146,7 +146,7 @@ def test_a_card_whose_head_is_no_yaml_mapping_is_named(whole):
         (whole / "README.md").write_text(text)
         seal(whole)
         assert "README.md" in problems(whole), text
-    with pytest.raises(UserError, match="mine.md"):
+    with pytest.raises(UserError, match=r"mine\.md"):
         check_card("nothing", "mine.md")
 
 
