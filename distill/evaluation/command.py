@@ -5,6 +5,7 @@ Twin: tests/distill/evaluation/test_eval_command.py.
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from deltanet.errors import UserError
@@ -65,9 +66,10 @@ def write_reports(folder: Path, report: dict) -> None:
     forms = {"json": json.dumps(report, indent=2) + "\n", "md": markdown(report), "html": page(report)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for suffix, text in forms.items():
-            temporary = folder / f".{NAME}.{suffix}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, folder / f"{NAME}.{suffix}")
+        with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=folder) as aside:
+            for suffix, text in forms.items():
+                (Path(aside) / suffix).write_text(text, encoding="utf-8")
+            for suffix in forms:
+                os.replace(Path(aside) / suffix, folder / f"{NAME}.{suffix}")
     except OSError as error:
-        raise UserError(f"-o {folder}: the report cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{folder}: the report cannot be written: {error.strerror or error}") from error

@@ -91,9 +91,9 @@ def measure(
 ) -> dict:
     """The report: student, teacher (names), device, dtype, seed, versions, layers; then what was asked for:
 
-    with windows (N, T) int64: tokens, window, perplexity, kl, top1_agreement, by_position, samples (`language.py`), recall
-    (`convert.closeness.recall`) and, of a student of ours, diagnostics; with tasks: tasks, by name of the result (see
-    `TaskResult`, and under `teacher` the same of the teacher); with contexts: speed and memory (`worth.py`).
+    with windows (N, T) int64: tokens, window, perplexity, kl, top1_agreement, by_position, samples (`language.py`) and
+    recall (`convert.closeness.recall`); with tasks: tasks, by name of the result (see `TaskResult`, and under
+    `teacher` the same of the teacher); with contexts: speed and memory (`worth.py`).
     """
     config = student.model.config
     report: dict = {
@@ -158,7 +158,9 @@ def check_tokenizers(student: Subject, teacher: Subject | None) -> None:
     same = mine == theirs and student.tokenizer(probe)["input_ids"] == teacher.tokenizer(probe)["input_ids"]
     if not same:
         odd = next((token for token in mine if mine[token] != theirs.get(token)), None)
-        detail = "they split text differently" if odd is None else f"for one, {odd!r} is {mine[odd]} and {theirs.get(odd)}"
+        detail = "they split text differently"
+        if odd is not None:
+            detail = f"for one, {odd!r} is {theirs.get(odd)} there and {mine[odd]} here"
         raise UserError(
             f"--against {teacher.name}: its tokenizer ({len(theirs)} tokens) is not that of {student.name} "
             f"({len(mine)} tokens): {detail}; a student is compared with the teacher it was made from"

@@ -1,6 +1,6 @@
-"""The report as one HTML page that needs nothing else: no script, no network. Twin: tests/distill/evaluation/test_page.py.
+"""The report as one HTML page that needs nothing else: no script, no network.
 
-Everything that a model wrote or a user named is escaped.
+Everything that a model wrote or a user named is escaped. Twin: tests/distill/evaluation/test_page.py.
 """
 
 from html import escape
@@ -54,9 +54,7 @@ def page(report: dict) -> str:
 
 def _layers(layers: list[str]) -> str:
     kinds = [kind for kind in LAYERS if kind in layers]
-    key = "".join(
-        f'<i style="background:{LAYERS[kind]}"></i>{layers.count(kind)} {NAMES[kind]}' for kind in kinds
-    )
+    key = "".join(f'<i style="background:{LAYERS[kind]}"></i>{layers.count(kind)} {NAMES[kind]}' for kind in kinds)
     return f'<div class="layers">{layer_picture(layers)}</div>\n<p class="key">{key}, of {len(layers)} layers</p>'
 
 

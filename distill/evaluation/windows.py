@@ -17,9 +17,9 @@ def read_windows(
 ) -> torch.Tensor:
     """(windows, length) int64: `tokens` tokens of the file `text`, or as many that `writer` writes (`self`).
 
-    Documents are taken evenly over the file and joined, each after the token that opens one. length is `window`, by default WINDOW or `longest`, the
-    models' range, if that is shorter. Raises UserError for a window beyond the range and for a file that cannot be
-    read or holds less than one window.
+    Documents are taken evenly over the file and joined, each after the token that opens one. length is `window`, by
+    default WINDOW or `longest`, the models' range, if that is shorter. Raises UserError for a window beyond the range
+    and for a file that cannot be read or holds less than one window.
     """
     length = min(WINDOW, longest) if window is None else window
     if not 2 <= length <= longest:

@@ -1,0 +1,67 @@
+"""`deltanet-eval` on the command line."""
+
+import json
+
+import pytest
+from eval_subjects import TEXT
+
+import cli
+from distill.evaluation import worth
+from distill.evaluation.command import write_reports
+
+OPTIONS = ["--text", str(TEXT), "--tokens", "100", "--window", "50", "--tasks", "none", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    monkeypatch.setattr(worth, "SECONDS", 0.0)
+
+
+def test_three_forms_of_one_report_are_written_and_one_is_printed(folders, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    arguments = [str(folders[1]), "--against", str(folders[0]), *OPTIONS, "--contexts", "64", "-o", str(out)]
+    assert cli.eval_main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.html", "evaluation.json", "evaluation.md"]
+    assert printed.startswith((out / "evaluation.md").read_text())
+    assert printed.splitlines()[-1] == f"page: {out}/evaluation.html"
+    assert json.loads((out / "evaluation.json").read_text())["perplexity"].keys() == {"teacher", "student"}
+
+
+def test_json_is_one_object_on_standard_output(folders, capfd):
+    assert cli.eval_main([str(folders[1]), *OPTIONS, "--contexts", "none", "--json"]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["perplexity"].keys() == {"student"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contexts", "many"], "--contexts many: allowed are numbers of tokens, or none alone"),
+        (["--contexts", "none", "64"], "--contexts none: allowed are"),
+        (["-o", "FILE/out"], "is a file, not a folder"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, folders, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = [argument.replace("FILE", str(tmp_path / "file")) for argument in arguments]
+    assert cli.eval_main([str(folders[1]), *OPTIONS, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_former_report(tmp_path, monkeypatch):
+    import distill.evaluation.command as command
+    from deltanet.errors import UserError
+
+    (tmp_path / "evaluation.json").write_text("old")
+    monkeypatch.setattr(command, "markdown", lambda report: "new")
+    monkeypatch.setattr(command, "page", lambda report: "new")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command.os, "replace", full)
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        write_reports(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    assert (tmp_path / "evaluation.json").read_text() == "old"

@@ -1,0 +1,107 @@
+"""Everything together, from folders."""
+
+import json
+import shutil
+
+import pytest
+from eval_subjects import TEXT
+from test_sets import LAMBADA, PIQA, write
+
+from deltanet.errors import UserError
+from distill.evaluation import worth
+from distill.evaluation.evaluate import evaluate, loss_curve
+
+OPTIONS = {"text": str(TEXT), "tokens": 200, "window": 100, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def report(folders, tmp_path_factory):
+    piqa = write(tmp_path_factory.mktemp("sets") / "piqa.jsonl", PIQA)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worth, "SECONDS", 0.0)
+        return evaluate(folders[1], against=folders[0], tasks=[str(piqa)], contexts=[64, 128], **OPTIONS)
+
+
+def test_a_report_has_every_part_and_is_plain_json(report):
+    assert json.loads(json.dumps(report)) == report
+    keys = {
+        "perplexity",
+        "kl",
+        "top1_agreement",
+        "by_position",
+        "samples",
+        "recall",
+        "tasks",
+        "speed",
+        "memory",
+        "layers",
+    }
+    assert keys <= report.keys()
+    assert set(report["perplexity"]) == {"teacher", "student"}
+    assert set(report["recall"]["repeat"]) == {"teacher", "student"}
+    assert report["tasks"]["piqa"]["n"] == report["tasks"]["piqa_letters"]["n"] == len(PIQA)
+    assert 0 <= report["tasks"]["piqa"]["teacher"]["accuracy"] <= 1
+
+
+def test_only_times_differ_between_two_evaluations(report, folders, tmp_path):
+    piqa = write(tmp_path / "piqa.jsonl", PIQA)
+    again = evaluate(folders[1], against=folders[0], tasks=[str(piqa)], contexts=[], **OPTIONS)
+    timed = {"seconds", "speed", "memory"}
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in report.items() if k not in timed}
+
+
+def test_a_plain_transformer_may_stand_alone(folders, tmp_path):
+    lambada = write(tmp_path / "lambada.jsonl", LAMBADA)
+    alone = evaluate(folders[0], text="none", tasks=[str(lambada)], contexts=[], limit=2, device="cpu")
+    assert alone["layers"] is None
+    assert alone["teacher"] is None
+    assert alone["tasks"]["lambada"]["n"] == 2
+    assert not {"perplexity", "speed", "recall"} & alone.keys()
+
+
+def test_a_model_beside_itself_is_as_good(folders):
+    twin = evaluate(folders[0], against=folders[0], tasks=["none"], contexts=[], **OPTIONS)
+    assert twin["top1_agreement"] == 1
+    assert twin["recall"]["repeat"]["teacher"] == twin["recall"]["repeat"]["student"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contexts": [161]}, "--contexts 161: allowed is 64 to 160, the range of the model"),
+        ({"contexts": [63]}, "--contexts 63: allowed is 64"),
+        ({"limit": 0}, "--limit 0: allowed is 1 or more"),
+        ({"text": "lost.txt"}, "--text lost.txt: no such file"),
+        ({"tasks": ["lost"]}, "--tasks lost: no such task"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_measured(options, message, folders, monkeypatch):
+    import distill.evaluation.evaluate as module
+
+    monkeypatch.setattr(module, "measure", lambda *a, **k: pytest.fail("measured"))
+    with pytest.raises(UserError, match=message):
+        evaluate(folders[1], **(OPTIONS | {"tasks": ["none"]} | options))
+
+
+def test_models_of_different_tokenizers_are_not_compared(folders, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folders[0], other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = list(vocabulary)[500:502]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"--against .*other: its tokenizer .* is not that of"):
+        evaluate(folders[1], against=other, tasks=["none"], contexts=[], **OPTIONS)
+
+
+def test_the_losses_are_those_of_the_run_that_made_the_export(tmp_path):
+    export = tmp_path / "run" / "export"
+    export.mkdir(parents=True)
+    records = [{"stage": "distil", "step": step, "loss": float(step) if step else None} for step in range(1000)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert loss_curve(export) == []  # a folder beside some metrics, but no export
+    (export / "deltanet_recipe.yaml").write_text("")
+    curve = loss_curve(export)
+    assert curve[0] == {"stage": "distil", "step": 1, "loss": 1.0}
+    assert 300 < len(curve) <= 400

@@ -1,0 +1,54 @@
+"""What of a report is told, and how."""
+
+from made_report import alone, made
+
+from distill.evaluation.sections import sections, title
+
+
+def by_title(report):
+    return {section.title: section for section in sections(report)}
+
+
+def test_every_part_has_its_section_and_every_table_its_columns():
+    found = by_title(made())
+    assert list(found) == [
+        "In short", "Language, by position", "Tasks", "Speed", "Memory", "Diagnostics", "Training", "What they write",
+        "How it was measured",
+    ]  # fmt: skip
+    for section in found.values():
+        for table in section.tables:
+            assert all(len(row) == len(table.columns) for row in table.rows)
+            assert all(isinstance(cell, str) for row in table.rows for cell in row)
+
+
+def test_the_ratio_is_the_student_over_the_teacher():
+    rows = {row[0]: row[1:] for row in by_title(made())["In short"].tables[0].rows}
+    assert rows["perplexity"] == ["10", "12.5", "1.250"]
+    assert rows["recall of a repeated passage, 24 tokens back"] == ["50.0%", "25.0%", "0.500"]
+    assert rows["recall of random tokens, 24 tokens back"] == ["0.0%", "0.0%", ""]
+    assert rows["needle"] == ["90.0%", "75.0%", "0.833"]
+    # The teacher did not fit at the longest context, so there is nothing to compare.
+    assert rows["decoding, tokens/s, 4,096 tokens"] == ["", "39.0", ""]
+
+
+def test_the_best_trivial_strategy_is_held_against_the_student():
+    (row,) = by_title(made())["Tasks"].tables[0].rows
+    assert row == ["needle", "90.0% ± 3.0", "75.0% ± 5.0", "20.0% the first", "yes", "80"]
+    report = made()
+    report["tasks"]["needle"]["accuracy"] = 0.29  # less than two standard errors above 0.2
+    assert by_title(report)["Tasks"].tables[0].rows[0][4] == "no"
+    assert "needle: says A: student 25.0%." in by_title(report)["Tasks"].prose
+
+
+def test_what_did_not_fit_is_said_in_its_cell():
+    rows = by_title(made())["Speed"].tables[0].rows
+    assert rows[1] == ["4,096", "does not fit in memory", "1,000", "does not fit in memory", "50.0 ms",
+                       "does not fit in memory", "39.0"]  # fmt: skip
+
+
+def test_a_student_alone_has_one_column():
+    found = by_title(alone())
+    assert found["In short"].tables[0].columns == ["", "value"]
+    assert found["In short"].tables[0].rows == [["perplexity", "12.5"]]
+    assert found["Language, by position"].tables[0].columns == ["tokens before", "perplexity, student"]
+    assert title(alone()) == "runs/<b>mine</b>"

@@ -1,0 +1,69 @@
+"""Which tasks a list of names means."""
+
+import json
+
+import pytest
+
+from deltanet.errors import UserError
+from distill.evaluation import selection
+from distill.evaluation.result import TaskResult, share
+from distill.evaluation.selection import select
+
+
+class Task:
+    def run(self, subject, *, seed, n, max_context):
+        self.asked = (subject, seed, n, max_context)
+        return TaskResult("recall", **share(1, n))
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    known = {"recall": Task(), "needle": Task()}
+    monkeypatch.setattr(selection, "TASKS", known)
+    return known
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "piqa.jsonl"
+    path.write_text(json.dumps({"context": "a", "continuation": "b"}) + "\n")
+    return path
+
+
+def test_names_files_and_all_are_taken_once_in_order(tasks, file):
+    assert [task.name for task in select(["needle", str(file), "all"])] == ["needle", "piqa", "recall"]
+    assert [task.name for task in select(["all"])] == ["recall", "needle"]
+    assert select(["none"]) == []
+
+
+def test_a_generated_task_gets_seed_limit_and_context(tasks):
+    (task,) = select(["recall"])
+    assert [result.name for result in task.run("model", seed=3, limit=None, max_context=99)] == ["recall"]
+    assert tasks["recall"].asked == ("model", 3, selection.GENERATED_EXAMPLES, 99)
+    task.run("model", seed=3, limit=7, max_context=99)
+    assert tasks["recall"].asked == ("model", 3, 7, 99)
+
+
+def test_an_unknown_task_gets_the_nearest_name(tasks):
+    with pytest.raises(UserError, match=r"--tasks needel: no such task \(did you mean 'needle'\?\); tasks: recall, n"):
+        select(["needel"])
+    with pytest.raises(UserError, match=r"^evaluation.tasks needel: "):
+        select(["needel"], "evaluation.tasks")
+
+
+def test_a_missing_file_is_no_unknown_task(tasks):
+    with pytest.raises(UserError, match=r"--tasks lost/piqa.jsonl: no such file"):
+        select(["lost/piqa.jsonl"])
+
+
+def test_two_files_of_one_name_are_refused(tasks, file, tmp_path):
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / "piqa.jsonl"
+    twin.write_text(file.read_text())
+    with pytest.raises(UserError, match="two files called piqa"):
+        select([str(file), str(twin)])
+
+
+def test_none_stands_alone(tasks):
+    with pytest.raises(UserError, match="none stands alone"):
+        select(["none", "recall"])
