@@ -67,16 +67,26 @@ def convert_parser() -> argparse.ArgumentParser:
         "  deltanet-convert demo -o student\n"
         "  deltanet-convert llama-1b --hybrid global2 -o student\n"
         "  deltanet-convert ./my-model --hybrid every:4 --calibrate text.jsonl -o student\n"
+        "  deltanet-convert ./my-model --rank swap --calibrate text.jsonl -o ranking.json\n"
+        "  deltanet-convert ./my-model --hybrid ranking.json:4 --calibrate text.jsonl -o student\n"
         "  deltanet-convert student --verify",
     )
     parser.add_argument("source", help="checkpoint folder, .gguf file, preset, Hub id (owner/name), or demo")
-    parser.add_argument("-o", "--output", metavar="OUT", help="the student's folder; it must not exist")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", help="the student's folder, or the file of a ranking; it must not exist"
+    )
     parser.add_argument(
         "--hybrid",
         default="global2",
         metavar="LAYOUT",
         help="which layers keep attention, counted from 0: global2 (1 and N//2), swa[:WINDOW] (odd ones, sliding), "
         "every:N (the last of each N), none, all, layers:1,5,9, or RANKING.json:COUNT (default: global2)",
+    )
+    parser.add_argument(
+        "--rank",
+        metavar="METHOD",
+        help="convert nothing; score which layers need attention most and write RANKING.json to OUT, by linearity, "
+        "fit, swap, recall or greedy",
     )
     parser.add_argument("--mixer", default="gated_delta", metavar="M", help="gated_delta (default) or delta")
     parser.add_argument(

@@ -70,14 +70,7 @@ def convert(
     """
     given, start = dict(locals()), time.monotonic()
     out = Path(output)
-    options = {
-        "mixer": _one_of("--mixer", mixer, MIXERS),
-        "state_heads": _one_of("--state-heads", state_heads, STATE_HEADS),
-        "skip_taps": _at_least("--skip-conv", skip_conv, 0),
-        "conv_kernel": _at_least("--conv", conv, 0),
-        "beta_max": _one_of("--beta-range", beta_range, (1, 2)),
-    }
-    options["read_gate"], options["output_gate"] = GATES[_one_of("--gate", gate, tuple(GATES))]
+    options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range)
     target_dtype = WEIGHT_DTYPES.get(_one_of("--dtype", dtype, ("auto", *WEIGHT_DTYPES)))
     limit = parse_size("--max-shard-size", max_shard_size)
     check_target(out, overwrite)
@@ -144,12 +137,32 @@ def convert(
     return _timed(report, start)
 
 
+def mixer_options(mixer: str, state_heads: str, skip_conv: int, conv: int, gate: str, beta_range: int) -> dict:
+    """Fields of DeltaNetConfig from the options of the command line. Raises UserError naming the option."""
+    options = {
+        "mixer": _one_of("--mixer", mixer, MIXERS),
+        "state_heads": _one_of("--state-heads", state_heads, STATE_HEADS),
+        "skip_taps": _at_least("--skip-conv", skip_conv, 0),
+        "conv_kernel": _at_least("--conv", conv, 0),
+        "beta_max": _one_of("--beta-range", beta_range, (1, 2)),
+    }
+    options["read_gate"], options["output_gate"] = GATES[_one_of("--gate", gate, tuple(GATES))]
+    return options
+
+
 def run(arguments) -> None:
     """The command line: converts, then prints the plan or a summary, or with --json the report as one object; or
-    verifies."""
-    options = {key: value for key, value in vars(arguments).items() if key not in ("debug", "json", "verify")}
+    ranks layers, or verifies."""
+    options = {key: value for key, value in vars(arguments).items() if key not in ("debug", "json", "verify", "rank")}
     if arguments.verify:
+        if arguments.rank is not None:
+            raise UserError(f"--rank {arguments.rank}: --verify only checks a folder")
         _verify(options, arguments.json)
+        return
+    if arguments.rank is not None:
+        from .ranking.command import run as run_ranking
+
+        run_ranking(arguments.rank, options, arguments.json)
         return
     if arguments.output is None:
         raise UserError("-o OUT: missing; it names the student's folder, which must not exist")

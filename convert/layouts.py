@@ -84,12 +84,17 @@ def _number(text: str, value: str, low: int, high: int | None) -> int:
 
 def _ranked(path: Path, count: int, num_layers: int) -> set[int]:
     """The first `count` layers of a ranking: a JSON list, or an object with such a list as `ranking`, where the
-    layer that most needs attention comes first."""
+    layer that most needs attention comes first. Where the object has `num_layers`, it is that of its teacher."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--hybrid {path}: unreadable ranking: {error}") from None
     if isinstance(data, dict):
+        if data.get("num_layers", num_layers) != num_layers:
+            raise UserError(
+                f"--hybrid {path}:{count}: ranks {data['num_layers']} layers, but this teacher has {num_layers}; "
+                "make one of this teacher with --rank"
+            )
         data = data.get("ranking", (data.get("closeness") or {}).get("ranking"))
     whole = isinstance(data, list) and all(isinstance(index, int) and 0 <= index < num_layers for index in data)
     if not whole or len(set(data)) != len(data) or len(data) < count:
