@@ -1,27 +1,43 @@
-"""The finished student as a checkpoint folder: its own dtype, sharded safetensors, the tokenizer, the recipe.
+"""The finished student as a checkpoint folder: its own dtype, sharded safetensors, the tokenizer, the recipe, what was
+measured, a card, and a manifest of it all.
 
-It appears whole or not at all, and is loaded once, strictly, before it counts. Twin: tests/distill/test_run.py.
+It appears whole or not at all, and is loaded once, strictly, before it counts. Twin: tests/distill/test_export.py.
 """
 
+import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from convert.publish.card import write_card
+from convert.publish.files import CLOSENESS, RECIPE, RECORD, REPORT
+from convert.publish.manifest import seal
+from convert.publish.push import check_repository, require_token
 from convert.sources import COMPANIONS
 from convert.staging import Staging
 from deltanet import load_student
 from deltanet.errors import UserError
 
-RECIPE = "deltanet_recipe.yaml"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INHERITED = (RECORD, CLOSENESS, "closeness.md", "ranking.json")
+"""What a conversion wrote about itself."""
 
 
 def export(
-    student: Path, companions: Path, out: Path, *, dtype: str = "auto", max_shard_size: str = "5GB", recipe: str
+    student: Path,
+    companions: Path,
+    out: Path,
+    *,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    recipe: str,
+    report: dict | None = None,
 ) -> int:
-    """Writes the weights in folder `student` to `out`, with the tokenizer and licence files of the folder
-    `companions`; returns the number of parameters. `dtype` auto is that of `companions`' configuration.
+    """Writes the weights in folder `student` to `out`, with the tokenizer, licence files and records of the folder
+    `companions`, and `report` as report.json; returns the number of parameters. `dtype` auto is that of `companions`'
+    configuration.
 
     An export that stands at `out` already is replaced in one instant. Raises UserError for a full disk.
     """
@@ -30,23 +46,45 @@ def export(
     model.config.dtype = wanted
     try:
         with Staging(out, overwrite=True) as staging:
-            model.save_pretrained(staging.folder, max_shard_size=max_shard_size)
-            for pattern in COMPANIONS:
+            folder = staging.folder
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            for pattern in (*COMPANIONS, *INHERITED):
                 for path in sorted(companions.glob(pattern)):
-                    target = staging.folder / path.relative_to(companions)
+                    target = folder / path.relative_to(companions)
                     if path.is_file():
                         target.parent.mkdir(exist_ok=True)
                         shutil.copyfile(path, target)
-            (staging.folder / RECIPE).write_text(recipe, encoding="utf-8")
-            load_student(staging.folder)
+            (folder / RECIPE).write_text(recipe, encoding="utf-8")
+            if report is not None:
+                told = {key: value for key, value in report.items() if key != "export"}
+                told["command"] = f"deltanet-distill {RECIPE}"
+                (folder / REPORT).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            load_student(folder)
+            write_card(folder)
+            seal(folder)
             staging.commit()
     except OSError as error:
         raise UserError(f"{out}: the export cannot be written: {error.strerror or error}") from error
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def add_reports(out: Path, reports: Iterable[Path]) -> None:
+    """Copies reports made of a finished export into it; its card and its manifest follow."""
+    for path in reports:
+        shutil.copyfile(path, out / path.name)
+    write_card(out)
+    seal(out)
+
+
+def check_push(repository: str | None) -> None:
+    """Raises UserError, before anything is trained, where `export.push` could not be carried out."""
+    if repository is not None:
+        check_repository(repository)
+        require_token(repository)
+
+
 def _own_dtype(folder: Path) -> torch.dtype:
     from transformers import AutoConfig
 
-    own = AutoConfig.from_pretrained(folder).dtype
+    own = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
     return own if isinstance(own, torch.dtype) else getattr(torch, str(own or "float32").removeprefix("torch."))

@@ -14,10 +14,9 @@ from deltanet.errors import UserError
 
 from ..closeness import VARIANTS
 from ..layouts import LINEAR, Layout
-from .files import README, RECIPE, RECORD
+from .files import CLOSENESS, EVALUATION, README, RECIPE, RECORD, REPORT
 from .licences import Licence, from_head
 
-REPORT, CLOSENESS = "report.json", "closeness.json"
 LOAD = """```python
 import deltanet  # registers the architecture with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,7 +41,7 @@ def make_card(folder: Path) -> str:
 
     config = DeltaNetConfig.from_dict(_json(folder / "config.json"))
     record, report = _json(folder / RECORD), _json(folder / REPORT)
-    closeness = _json(folder / CLOSENESS)
+    closeness, tasks = _json(folder / CLOSENESS), _json(folder / EVALUATION).get("tasks") or {}
     recipe = (folder / RECIPE).read_text(encoding="utf-8") if (folder / RECIPE).is_file() else ""
     base, source = record.get("base_model"), record.get("source")
     licence = from_head(record["licence_metadata"]) if record.get("licence_metadata") else None
@@ -55,7 +54,7 @@ def make_card(folder: Path) -> str:
         "## How it was made",
         _making(record, report, recipe),
         "## Measured",
-        _measured(closeness, report),
+        _measured(closeness, report, tasks),
         "## How to load it",
         LOAD,
         "## Limits",
@@ -63,16 +62,16 @@ def make_card(folder: Path) -> str:
         "## Licence",
         _licence(licence),
     ]
-    head = _metadata(name, base, licence, record.get("language"), recipe, closeness, report)
+    results = _results(recipe, closeness, report, tasks)
+    head = _metadata(name, base, licence, record.get("language"), recipe, bool(report), results)
     text = f"---\n{head}\n---\n\n" + "\n\n".join(sections) + "\n"
     check_card(text, str(folder / README))
     return text
 
 
-def _metadata(
-    name: str, base: str | None, licence: Licence | None, language, recipe: str, closeness: dict, report: dict
-) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
+def _results(recipe: str, closeness: dict, report: dict, tasks: dict) -> list:
+    """What the Hub shows as evaluation results: of the student on held-out text, and of each task."""
+    from huggingface_hub import EvalResult
 
     row, text = {}, "text set aside from the calibration's"
     if report.get("results"):
@@ -85,13 +84,24 @@ def _metadata(
         for key, title in names.items()
         if key in row
     ]
+    return results + [
+        EvalResult("text-generation", task, task, "accuracy", round(result["accuracy"], 6), metric_name="accuracy")
+        for task, result in tasks.items()
+    ]
+
+
+def _metadata(
+    name: str, base: str | None, licence: Licence | None, language, recipe: str, trained: bool, results: list
+) -> str:
+    from huggingface_hub import ModelCardData
+
     data = ModelCardData(
         base_model=base,
         base_model_relation="finetune" if base else None,
         language=language,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["deltanet", "linear-attention", "hybrid", *(["distillation"] if report else [])],
+        tags=["deltanet", "linear-attention", "hybrid", *(["distillation"] if trained else [])],
         datasets=_datasets(recipe) or None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -137,12 +147,15 @@ def _making(record: dict, report: dict, recipe: str) -> str:
     return "\n\n".join(lines or ["The folder does not say."])
 
 
-def _measured(closeness: dict, report: dict) -> str:
+def _measured(closeness: dict, report: dict, tasks: dict) -> str:
     lines = []
     if report.get("results"):
         held = report.get("held_out_tokens")
         lines.append(f"On {held:,} held-out tokens of the recipe's text:" if held else "On held-out text:")
         lines.append(_table(report["results"], report["results"][0]["perplexity"]))
+    if tasks:
+        lines.append("Tasks, share right with its standard error, on the same examples (`evaluation.md` has more):")
+        lines.append(_task_table(tasks))
     if closeness:
         teacher = closeness["teacher_perplexity"]
         rows = [{"model": "teacher", "perplexity": teacher}]
@@ -170,9 +183,18 @@ def _table(rows: list[dict], teacher: float) -> str:
     return "\n".join(lines)
 
 
+def _task_table(tasks: dict) -> str:
+    lines = ["| task | examples | teacher | student |", "| --- | ---: | ---: | ---: |"]
+    for task, result in tasks.items():
+        both = [result.get("teacher"), result]
+        shown = [f"{one['accuracy']:.3f} ± {one['stderr']:.3f}" if one else "-" for one in both]
+        lines.append(f"| {task} | {result['n']} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def _limits(config: DeltaNetConfig, trained: bool) -> str:
     lines = [
-        "What is not in the tables above was not measured: no benchmark, no safety evaluation.",
+        "What is not in the tables above was not measured; nobody has looked at its safety.",
         "The model inherits what its source gets wrong, and its biases.",
         "It needs the `deltanet` package; a reader without it does not know the architecture.",
     ]

@@ -11,7 +11,8 @@ from .manifest import MANIFEST
 README, RECIPE, RECORD = "README.md", "deltanet_recipe.yaml", "conversion.json"
 SHARDS = "model-*-of-*.safetensors"
 WEIGHTS = (SINGLE, SHARDS, INDEX)
-REPORTS = ("closeness.json", "closeness.md", "ranking.json", "report.json", "report.md")
+CLOSENESS, REPORT, EVALUATION = "closeness.json", "report.json", "evaluation.json"
+REPORTS = (CLOSENESS, "closeness.md", "ranking.json", REPORT, EVALUATION, "evaluation.md")
 PUBLISHED = ("config.json", README, MANIFEST, RECIPE, RECORD, *WEIGHTS, *REPORTS, *COMPANIONS)
 CODE = "*.py"
 """Sent only where config.json names code for readers without this package (`auto_map`)."""

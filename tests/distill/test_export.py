@@ -1,0 +1,81 @@
+"""The export of a run: everything a reader needs, whole by the same checks as a conversion, and sent where asked."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from small_run import write_teacher
+
+from convert import convert
+from convert.publish.manifest import damage
+from convert.publish.verify import verify
+from deltanet.errors import UserError
+from distill.export import add_reports, check_push, export
+
+REPORT = {
+    "results": [{"model": "teacher", "perplexity": 4.0}, {"model": "after distil", "perplexity": 5.0, "kl": 0.25}],
+    "tokens": 10,
+    "held_out_tokens": 20,
+    "export": "/home/me/run/export",
+}
+RECIPE = "version: 1\ndata: {sources: [{path: books.txt}]}\n"
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    teacher = write_teacher(folder / "teacher")
+    (teacher / "LICENSE").write_text("MIT License\n\nCopyright (c) nobody\n")
+    convert(teacher, folder / "student", hybrid="layers:1", calibrate=["none"])
+    return folder / "student"
+
+
+def test_an_export_passes_every_check_and_holds_records_recipe_report_card_and_manifest(student, tmp_path):
+    out = tmp_path / "export"
+    export(student, student, out, max_shard_size="100KB", recipe=RECIPE, report=REPORT)
+    assert verify(out).problems == []
+    names = {path.name for path in out.iterdir()}
+    assert {"README.md", "manifest.json", "conversion.json", "report.json", "deltanet_recipe.yaml", "LICENSE"} <= names
+    assert {"generation_config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
+    assert (out / "deltanet_recipe.yaml").read_text() == RECIPE
+    told = json.loads((out / "report.json").read_text())
+    assert told["results"] == REPORT["results"]
+    assert "export" not in told
+    card = (out / "README.md").read_text()
+    assert "| after distil | 5 | 1.25 | 0.2500 |" in card
+    assert "license: mit" in card
+
+
+def test_weights_are_those_of_the_student_in_the_dtype_asked_for(student, tmp_path):
+    export(student, student, tmp_path / "same", recipe=RECIPE)
+    same, own = (load_file(folder / "model.safetensors") for folder in (tmp_path / "same", student))
+    assert all((same[name] == own[name]).all() for name in own)
+    export(student, student, tmp_path / "half", dtype="bfloat16", recipe=RECIPE)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert verify(tmp_path / "half").problems == []
+
+
+def test_reports_made_later_join_the_export_its_card_and_its_manifest(student, tmp_path):
+    out = tmp_path / "export"
+    export(student, student, out, recipe=RECIPE, report=REPORT)
+    tasks = {"recall": {"accuracy": 0.75, "stderr": 0.03, "n": 200}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"tasks": tasks}))
+    (tmp_path / "evaluation.md").write_text("# Evaluation\n")
+    add_reports(out, [tmp_path / "evaluation.json", tmp_path / "evaluation.md"])
+    assert damage(out) == []
+    assert "| recall | 200 | - | 0.750 ± 0.030 |" in (out / "README.md").read_text()
+
+
+def test_a_push_that_cannot_work_is_refused_before_training(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    check_push(None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(UserError, match="not a repository; write user/name"):
+        check_push("nonsense")
+    with pytest.raises(UserError, match="no token for the Hub"):
+        check_push("user/name")
+    monkeypatch.setenv("HF_TOKEN", "hf_something0123456789")
+    check_push("user/name")
