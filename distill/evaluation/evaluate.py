@@ -30,7 +30,7 @@ from .worth import DECODED, device_name, worth
 DEFAULT_CONTEXTS = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192, 32768)}
 SHORTEST_CONTEXT = 2 * DECODED
 RECALL_WINDOW = 32
-TASK_CONTEXT = 2048
+TASK_CONTEXT = 2048  # the longest example of a generated task, unless longer contexts are asked for
 CURVE_POINTS = 400
 
 
@@ -106,6 +106,10 @@ def measure(
         "layers": list(config.layer_types) if isinstance(config, DeltaNetConfig) else None,
         "seconds": {},
     }
+    if tasks:
+        with _timed(report, "tasks"):
+            context = min(max_context, max(TASK_CONTEXT, *contexts, 0))
+            report["tasks"], report["skipped_tasks"] = run_tasks(student, teacher, tasks, limit, context, seed)
     if windows is not None:
         with _timed(report, "language"), progress("language", windows.numel(), "tokens") as advance:
             report |= language(student, teacher, windows, advance=advance)
@@ -114,9 +118,6 @@ def measure(
             with _timed(report, "recall"):
                 other = None if teacher is None else teacher.model
                 report["recall"] = recall(other, student.model, windows.to(student.device), seed=seed)
-    if tasks:
-        with _timed(report, "tasks"):
-            report["tasks"] = run_tasks(student, teacher, tasks, limit, min(max_context, TASK_CONTEXT), seed)
     if contexts:
         with _timed(report, "worth"), progress("speed and memory", sum(contexts), "tokens") as advance:
             report |= worth(student, teacher, contexts, seed=seed, advance=advance)
@@ -130,23 +131,31 @@ def run_tasks(
     limit: int | None,
     max_context: int,
     seed: int,
-) -> dict[str, dict]:
-    """Every result by its name, as JSON; with a teacher its own under `teacher`, on the same examples."""
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """(every result by its name, as JSON, with a teacher its own under `teacher`, on the same examples; why tasks that
+    nobody named could not be run). Raises UserError for one that was named and cannot be run."""
     results: dict[str, dict] = {}
+    skipped: dict[str, str] = {}
     for task in tasks:
         found: dict[str, list[TaskResult]] = {}
-        for who, subject in (("student", student), ("teacher", teacher)):
-            if subject is not None:
-                with progress(f"{task.name}, {who}", 1.0) as advance:
-                    options = {"seed": seed, "limit": limit, "max_context": max_context, "advance": advance}
-                    found[who] = task.run(subject, **options)
+        try:
+            for who, subject in (("student", student), ("teacher", teacher)):
+                if subject is not None:
+                    with progress(f"{task.name}, {who}", 1.0) as advance:
+                        options = {"seed": seed, "limit": limit, "max_context": max_context, "advance": advance}
+                        found[who] = task.run(subject, **options)
+        except UserError as error:
+            if task.is_named:
+                raise
+            skipped[task.name] = str(error)
+            continue
         for index, result in enumerate(found["student"]):
             results[result.name] = result.as_json()
             if teacher is not None:
                 theirs = found["teacher"][index].as_json()
                 shared = ("name", "n", "floors")
                 results[result.name]["teacher"] = {k: v for k, v in theirs.items() if k not in shared}
-    return results
+    return results, skipped
 
 
 def check_tokenizers(student: Subject, teacher: Subject | None) -> None:

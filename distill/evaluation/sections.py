@@ -46,7 +46,7 @@ def sections(report: dict) -> list[Section]:
         ("losses", _losses),
         ("samples", _samples),
     ):
-        if report.get(key):
+        if report.get(key) or (key == "tasks" and report.get("skipped_tasks")):
             found.append(make(report))
     return [*found, _how(report)]
 
@@ -122,9 +122,10 @@ def _tasks(report: dict) -> Section:
         "Share right, ± its standard error. A student that is not above the best trivial strategy by "
         f"{SURE} standard errors has shown nothing.",
         *(line for name, task in report["tasks"].items() for line in _further(name, task)),
+        *(f"Not run: {reason}." for reason in report.get("skipped_tasks", {}).values()),
     ]
     plots = [f"task {name}" for name, task in report["tasks"].items() if len(task["by_level"]) > 1]
-    return Section("Tasks", prose, [Table(columns, rows), *levels], plots)
+    return Section("Tasks", prose, [Table(columns, rows), *levels] if rows else [], plots)
 
 
 def _levels(name: str, task: dict, models: Sequence[str]) -> list[Table]:

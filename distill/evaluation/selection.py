@@ -20,11 +20,13 @@ GENERATED_EXAMPLES = 200
 
 @dataclass(frozen=True)
 class Chosen:
-    """A task that is to be run. is_generated: its examples are made from the seed, else they are those of a file."""
+    """A task that is to be run. is_generated: its examples are made from the seed, else they are those of a file.
+    is_named: the user asked for it, so that it is an error where it cannot be run; `all` asks for those that can."""
 
     name: str
     task: object
     is_generated: bool
+    is_named: bool = True
 
     def run(
         self,
@@ -51,7 +53,7 @@ def select(names: Sequence[str], option: str = "--tasks") -> list[Chosen]:
     chosen: dict[str, Chosen] = {}
     for name in names:
         if name == ALL:
-            found = [Chosen(task, TASKS[task], True) for task in TASKS]
+            found = [Chosen(task, TASKS[task], True, is_named=False) for task in TASKS if task not in chosen]
         elif name in TASKS:
             found = [Chosen(name, TASKS[name], True)]
         elif Path(name).is_file():

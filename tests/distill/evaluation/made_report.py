@@ -43,6 +43,7 @@ REPORT = {
     ],
     "recall": {"distance": 24, "repeat": {"teacher": 0.5, "student": 0.25}, "needle": {"teacher": 0.0, "student": 0.0}},
     "tasks": {"needle": TASK | {"teacher": TASK | {"accuracy": 0.9, "stderr": 0.03, "figures": {}}}},
+    "skipped_tasks": {"copying": "task copying: too long"},
     "speed": {
         "device": "cpu",
         "threads": 2,

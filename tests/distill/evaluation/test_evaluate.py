@@ -9,7 +9,9 @@ from test_sets import LAMBADA, PIQA, write
 
 from deltanet.errors import UserError
 from distill.evaluation import worth
-from distill.evaluation.evaluate import evaluate, loss_curve
+from distill.evaluation.evaluate import evaluate, loss_curve, measure, run_tasks
+from distill.evaluation.result import TaskResult, share
+from distill.evaluation.selection import Chosen
 
 OPTIONS = {"text": str(TEXT), "tokens": 200, "window": 100, "device": "cpu"}
 
@@ -105,3 +107,45 @@ def test_the_losses_are_those_of_the_run_that_made_the_export(tmp_path):
     curve = loss_curve(export)
     assert curve[0] == {"stage": "distil", "step": 1, "loss": 1.0}
     assert 300 < len(curve) <= 400
+
+
+class Recall:
+    """A task that a model passes by its name, up to a context of 100."""
+
+    def run(self, subject, *, seed, n, max_context):
+        if max_context > 100:
+            raise UserError("task recall: no level fits")
+        return TaskResult("recall", **share(n if subject.name == "good" else 0, n), by_level={"8": share(1, 2)})
+
+
+class Named:
+    def __init__(self, name):
+        self.name = name
+
+
+def test_student_and_teacher_answer_the_same_examples():
+    results, skipped = run_tasks(Named("bad"), Named("good"), [Chosen("recall", Recall(), True)], 5, 100, 0)
+    assert skipped == {}
+    assert results["recall"]["accuracy"] == 0
+    assert results["recall"]["n"] == 5
+    assert results["recall"]["teacher"]["accuracy"] == 1
+    assert results["recall"]["teacher"]["by_level"] == {"8": share(1, 2)}
+
+
+def test_a_task_that_cannot_be_run_is_skipped_with_its_reason_unless_it_was_named():
+    everything, named = Chosen("recall", Recall(), True, is_named=False), Chosen("recall", Recall(), True)
+    assert run_tasks(Named("good"), None, [everything], 5, 101, 0) == ({}, {"recall": "task recall: no level fits"})
+    with pytest.raises(UserError, match="no level fits"):
+        run_tasks(Named("good"), None, [named], 5, 101, 0)
+
+
+@pytest.mark.parametrize(("contexts", "longest"), [((), 2048), ((64,), 2048), ((64, 4096), 4096)])
+def test_tasks_are_as_long_as_the_longest_context_asked_for(contexts, longest, student, monkeypatch):
+    import distill.evaluation.evaluate as module
+
+    monkeypatch.setattr(module, "worth", lambda *a, **k: {})
+    seen = []
+    monkeypatch.setattr(module, "run_tasks", lambda *arguments: seen.append(arguments[4]) or ({}, {}))
+    measure(student, None, windows=None, tasks=["some"], contexts=contexts, max_context=8192)
+    measure(student, None, windows=None, tasks=["some"], contexts=contexts, max_context=500)
+    assert seen == [longest, 500]

@@ -38,6 +38,13 @@ def test_the_best_trivial_strategy_is_held_against_the_student():
     report["tasks"]["needle"]["accuracy"] = 0.29  # less than two standard errors above 0.2
     assert by_title(report)["Tasks"].tables[0].rows[0][4] == "no"
     assert "needle: says A: student 25.0%." in by_title(report)["Tasks"].prose
+    assert "Not run: task copying: too long." in by_title(report)["Tasks"].prose
+
+
+def test_why_tasks_were_skipped_is_told_where_none_could_be_run():
+    section = by_title(made(tasks={}))["Tasks"]
+    assert section.tables == []
+    assert section.prose[-1] == "Not run: task copying: too long."
 
 
 def test_what_did_not_fit_is_said_in_its_cell():

@@ -36,6 +36,11 @@ def test_names_files_and_all_are_taken_once_in_order(tasks, file):
     assert select(["none"]) == []
 
 
+def test_what_is_named_beside_all_counts_as_named(tasks):
+    for names in (["all", "needle"], ["needle", "all"]):
+        assert {task.name: task.is_named for task in select(names)} == {"recall": False, "needle": True}
+
+
 def test_a_generated_task_gets_seed_limit_and_context(tasks):
     (task,) = select(["recall"])
     assert [result.name for result in task.run("model", seed=3, limit=None, max_context=99)] == ["recall"]
