@@ -16,6 +16,7 @@ from deltanet.errors import DeltanetError, UserError, nearest
 
 from .links import refuse_links_out
 from .presets import PRESETS
+from .publish.hub_errors import may_pass, reason, repeated
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 COMPANIONS = (
@@ -107,7 +108,7 @@ def _download(repository: str, revision: str | None, allow_pickle: bool, gated: 
     page = f"https://huggingface.co/{repository}"
     at = f" at revision {revision}" if revision else ""
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        folder = Path(repeated(lambda: snapshot_download(repository, revision=revision, allow_patterns=patterns)))
     except errors.GatedRepoError:
         raise UserError(
             f"{repository}: gated; ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
@@ -124,10 +125,16 @@ def _download(repository: str, revision: str | None, allow_pickle: bool, gated: 
         ) from None
     except errors.HFValidationError as error:
         raise UserError(f"{repository}: not a repository name: {error}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except ValueError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{repository}{at}: the repository is refused: {first}") from None
+    except Exception as error:  # the HTTP library's own errors too
+        if not (may_pass(error) or isinstance(error, OSError)):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = reason(error) if may_pass(error) else first
         raise UserError(
-            f"{repository}{at}: not in the local cache, and the Hub cannot be reached ({reason}); go online, or "
+            f"{repository}{at}: not in the local cache, and the Hub cannot be reached ({why}); go online, or "
             f"download it elsewhere with `hf download {repository}` and give the folder"
         ) from None
     return folder, folder.name

@@ -19,22 +19,35 @@ RERUN = "; run the same command again, what has arrived is not sent twice"
 
 
 def patiently(call: Callable[[], T], repository: str, *, can_repeat: bool = True) -> T:
-    """`call`, up to TRIES times while the Hub is busy, failing or out of reach.
+    """`call`, repeated where that may help; raises what `explained` makes of the last error.
 
-    Raises what `explained` makes of the last error. A call that must not be made twice has can_repeat False.
+    A call that must not be made twice has can_repeat False.
     """
-    for attempt in range(TRIES):
+    try:
+        return repeated(call) if can_repeat else call()
+    except DeltanetError:
+        raise
+    except Exception as error:
+        raise explained(error, repository) from error
+
+
+def repeated(call: Callable[[], T]) -> T:
+    """`call`, up to TRIES times while the Hub is busy, failing or out of reach; raises the last error as it is."""
+    for attempt in range(TRIES - 1):
         try:
             return call()
-        except DeltanetError:
-            raise
         except Exception as error:
             delay = _delay(error, attempt)
-            if delay is None or delay > LONGEST_WAIT or attempt + 1 == TRIES or not can_repeat:
-                raise explained(error, repository) from error
+            if delay is None or delay > LONGEST_WAIT:
+                raise
             print(f"{reason(error)}; tries again in {delay:.0f} s", file=sys.stderr, flush=True)
             time.sleep(delay)
-    raise AssertionError("the loop returns or raises")
+    return call()
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed another time."""
+    return _delay(error, 0) is not None
 
 
 def explained(error: Exception, repository: str) -> DeltanetError:
@@ -66,7 +79,7 @@ def explained(error: Exception, repository: str) -> DeltanetError:
         return UserError(f"{repository}: the Hub refuses it (400): {' '.join(str(error).split())[:300]}")
     if status in (400, 413, 422):
         return UserError(f"{repository}: the Hub refuses it ({status}): {_server_words(error)}")
-    if _delay(error, 0) is not None:
+    if may_pass(error):
         return DeltanetError(f"{repository}: {reason(error)}{RERUN}")
     text = str(error).strip().splitlines()
     return DeltanetError(f"{repository}: {type(error).__name__}: {text[0] if text else 'no message'}")
