@@ -80,7 +80,7 @@ def alone() -> dict:
     for row in report["by_position"]:
         row["perplexity"].pop("teacher")
         del row["kl"], row["top1_agreement"]
-    for key in ("kl", "top1_agreement", "tasks", "speed", "memory", "diagnostics", "losses", "recall"):
+    for key in ("kl", "top1_agreement", "tasks", "skipped_tasks", "speed", "memory", "diagnostics", "losses", "recall"):
         del report[key]
     report["samples"] = [{"prompt": "Once", "text": "upon", "student": "a"}]
     return report
