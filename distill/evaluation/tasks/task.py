@@ -1,0 +1,148 @@
+"""A generated task: levels of difficulty, examples from a seed, and a model's share of right answers beside the floors.
+
+Example i of (task, split, seed, level) is a pure function of these five, so more examples are the same ones and some
+more, and training and test never share a stream. Twin: tests/distill/evaluation/tasks/test_task.py.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from deltanet.errors import UserError, nearest
+
+from ..result import TaskResult, mean
+from ..scoring import BATCH_TOKENS, LOGIT_BYTES
+from ..subject import Subject
+from .example import Example, floors, means
+from .words import vocabulary
+
+Options = Mapping[str, int | float | str]
+NUM_SAMPLES = 3
+TAIL = 60  # tokens of a sample's prompt that are shown
+
+
+@dataclass(frozen=True)
+class Task:
+    """levels: label -> options of `make`, easiest first. make(rng, vocabulary, **options) -> Example, which raises
+    UserError for options that cannot be; its keyword arguments with their defaults are the options there are."""
+
+    name: str
+    describe: str
+    levels: Mapping[str, Options]
+    make: Callable[..., Example]
+
+    def examples(
+        self,
+        seed: int,
+        n: int,
+        level: str | Options,
+        tokenizer,
+        *,
+        split: Literal["train", "test"] = "test",
+        vocab_size: int | None = None,
+    ) -> Iterator[Example]:
+        """`n` examples of a level, given by its label or as options. vocab_size: how many ids the model knows.
+
+        Raises UserError for an unknown level or option, and for a vocabulary that is too small.
+        """
+        options = self.options(level)
+        words = vocabulary(tokenizer, vocab_size)
+        shown = sorted(options.items())
+        for index in range(n):
+            yield self.make(random.Random(f"{self.make.__name__} {split} {seed} {shown} {index}"), words, **options)
+
+    def options(self, level: str | Options) -> dict:
+        """The options of a level, checked against those there are."""
+        if isinstance(level, str):
+            if level not in self.levels:
+                raise UserError(f"task {self.name}: no level {level!r}; levels: {', '.join(self.levels)}")
+            return dict(self.levels[level])
+        allowed = self.make.__kwdefaults__ or {}
+        for name, value in level.items():
+            if name not in allowed:
+                raise UserError(
+                    f"task {self.name}: no option {name!r}{nearest(name, list(allowed))}; options: {', '.join(allowed)}"
+                )
+            wanted = (int, float) if isinstance(allowed[name], float) else type(allowed[name])
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise UserError(f"task {self.name}: {name} is {value!r}; such as {allowed[name]!r} is allowed")
+        return allowed | dict(level)
+
+    def run(self, subject: Subject, *, seed: int, n: int, max_context: int) -> TaskResult:
+        """The model's answers to `n` examples, spread evenly over the levels that fit into `max_context` tokens and the
+        tokenizer's words (at least one of each). accuracy is the mean over examples of the share of right answers.
+
+        Raises UserError where no level fits.
+        """
+        found: dict[str, list[Example]] = {}
+        reason = None
+        for label in self.levels:
+            try:
+                (first,) = self.examples(seed, 1, label, subject.tokenizer, vocab_size=subject.vocab_size)
+            except UserError as error:
+                reason = error
+                continue
+            if len(first.ids) <= max_context:
+                found[label] = [first]
+        if not found:
+            raise reason or UserError(f"task {self.name}: its easiest level is longer than {max_context} tokens")
+        for index, label in enumerate(found):
+            count = max(n // len(found) + (index < n % len(found)), 1)
+            made = self.examples(seed, count, label, subject.tokenizer, vocab_size=subject.vocab_size)
+            found[label] = [example for example in made if len(example.ids) <= max_context]
+        everything = [example for examples in found.values() for example in examples]
+        said = answers(subject, everything)
+        shares = [example.share_right(tokens) for example, tokens in zip(everything, said)]
+        by_level, at = {}, 0
+        for label, examples in found.items():
+            by_level[label] = mean(shares[at : at + len(examples)]) | {"floors": floors(examples)}
+            at += len(examples)
+        samples = [_sample(subject.tokenizer, *pair) for pair in list(zip(everything, said))[:NUM_SAMPLES]]
+        return TaskResult(
+            self.name,
+            **mean(shares),
+            floors=floors(everything),
+            by_level=by_level,
+            samples=samples,
+            figures=means([example.partial for example in everything]),
+        )
+
+
+@torch.no_grad()
+def answers(subject: Subject, examples: list[Example]) -> list[dict[int, int]]:
+    """For each example the token that the model expects most at every position of an answer, the tokens before given.
+
+    An answer of several tokens is right here exactly where greedy decoding gives it.
+    """
+    width = subject.model.config.get_text_config().vocab_size
+    batch_tokens = min(BATCH_TOKENS.get(subject.device.type, 2048), max(LOGIT_BYTES // (4 * width), 1))
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].ids))
+    said: list[dict[int, int]] = [{} for _ in examples]
+    while order:
+        longest = len(examples[order[0]].ids)
+        batch, order = order[: max(batch_tokens // longest, 1)], order[max(batch_tokens // longest, 1) :]
+        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        for row, index in enumerate(batch):
+            ids[row, : len(examples[index].ids)] = torch.tensor(examples[index].ids)
+        wanted = sorted({at for index in batch for at in examples[index].positions})
+        keep = torch.tensor(wanted, device=subject.device) - 1  # position i says what comes at i + 1
+        logits = subject.model(ids.to(subject.device), use_cache=False, logits_to_keep=keep).logits
+        for row, index in enumerate(batch):
+            choices = examples[index].choices
+            seen = logits[row, :, list(choices)] if choices else logits[row]
+            best = seen.argmax(-1).tolist()
+            for at, token in zip(wanted, best):
+                said[index][at] = choices[token] if choices else token
+    return said
+
+
+def _sample(tokenizer, example: Example, said: dict[int, int]) -> dict[str, str]:
+    start, stop = example.answers[-1]
+    return {
+        "prompt": tokenizer.decode(example.ids[max(start - TAIL, 0) : start]),
+        "answer": tokenizer.decode(example.ids[start:stop]),
+        "said": tokenizer.decode([said[at] for at in range(start, stop)]),
+    }
