@@ -286,7 +286,10 @@ def eval_parser() -> argparse.ArgumentParser:
         help="generated tasks by name, all of them (default), .jsonl files of standard sets, or none",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="examples of a task (default: all of a file, 200 of a generated task)"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="examples of a task (default: all of a file; of a generated task 200, or 50 on a CPU)",
     )
     parser.add_argument(
         "--contexts",

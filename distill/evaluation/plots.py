@@ -115,9 +115,11 @@ def _levels(name: str, task: dict) -> str:
             heights = [parts[who][level]["accuracy"] for level in levels]
             errors = [parts[who][level]["stderr"] for level in levels]
             axis.bar(at, heights, width, yerr=errors, color=COLOURS[who], ecolor="#444", capsize=2, label=who)
-        if task["floors"]:
-            floor = max(task["floors"].values())
-            axis.axhline(floor, color="#777", linestyle="--", linewidth=1, label="trivial")
+        trivial = [max(task["by_level"][level].get("floors", task["floors"]).values(), default=0) for level in levels]
+        axis.hlines(
+            trivial, [x - 0.45 for x in range(len(levels))], [x + 0.45 for x in range(len(levels))],
+            color="#555", linestyle="--", linewidth=1, label="best trivial strategy",
+        )  # fmt: skip
         long = max(map(len, levels)) * len(levels) > 60
         axis.set_xticks(range(len(levels)), levels, rotation=30 if long else 0, ha="right" if long else "center")
         axis.set(ylim=(0, 1.02), ylabel="share right", title=name)

@@ -15,7 +15,7 @@ from .subject import Subject
 from .tasks import TASKS
 
 ALL, NONE = "all", "none"
-GENERATED_EXAMPLES = 200
+GENERATED_EXAMPLES = {"cpu": 50, "cuda": 200}
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,13 @@ class Chosen:
         max_context: int,
         advance: Callable[[float], None] = lambda amount: None,
     ) -> list[TaskResult]:
-        """The results on at most `limit` examples: by default GENERATED_EXAMPLES of a generated task, all of a file."""
+        """The results on at most `limit` examples: by default GENERATED_EXAMPLES of a generated task, all of a file.
+        `advance(share)` adds up to 1."""
         if self.is_generated:
-            return [self.task.run(subject, seed=seed, n=limit or GENERATED_EXAMPLES, max_context=max_context)]
+            n = limit or GENERATED_EXAMPLES.get(subject.device.type, 50)
+            result = self.task.run(subject, seed=seed, n=n, max_context=max_context)
+            advance(1)
+            return [result]
         return self.task.run(subject, limit=limit, advance=advance)
 
 

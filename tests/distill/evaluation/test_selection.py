@@ -1,8 +1,10 @@
 """Which tasks a list of names means."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from deltanet.errors import UserError
 from distill.evaluation import selection
@@ -42,11 +44,11 @@ def test_what_is_named_beside_all_counts_as_named(tasks):
 
 
 def test_a_generated_task_gets_seed_limit_and_context(tasks):
-    (task,) = select(["recall"])
-    assert [result.name for result in task.run("model", seed=3, limit=None, max_context=99)] == ["recall"]
-    assert tasks["recall"].asked == ("model", 3, selection.GENERATED_EXAMPLES, 99)
-    task.run("model", seed=3, limit=7, max_context=99)
-    assert tasks["recall"].asked == ("model", 3, 7, 99)
+    (task,), model = select(["recall"]), SimpleNamespace(device=torch.device("cpu"))
+    assert [result.name for result in task.run(model, seed=3, limit=None, max_context=99)] == ["recall"]
+    assert tasks["recall"].asked == (model, 3, selection.GENERATED_EXAMPLES["cpu"], 99)
+    task.run(model, seed=3, limit=7, max_context=99)
+    assert tasks["recall"].asked == (model, 3, 7, 99)
 
 
 def test_an_unknown_task_gets_the_nearest_name(tasks):
