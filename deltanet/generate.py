@@ -37,9 +37,10 @@ def load(model: str, device: torch.device, dtype: torch.dtype | str):
     if not (folder / "config.json").is_file():
         raise UserError(f"{model}: not a checkpoint folder (no config.json)")
     try:
-        AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        safe = {"use_safetensors": True, "trust_remote_code": False}
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe)
     except UserError:
         raise
     except (OSError, ValueError) as error:
