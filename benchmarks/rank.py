@@ -62,7 +62,10 @@ def main() -> None:
     )
     types = teacher.config.layer_types
     plain = student_config(teacher.config, parse_layout("none", types, teacher.config.sliding_window))
-    twin = linear_twin(teacher, plain, text.fit, folder=arguments.folder / "twin")
+    missing = [method for method in arguments.methods if not (arguments.folder / f"{method}.json").exists()]
+    twin = None
+    if arguments.pairs or set(missing) - {"linearity"}:
+        twin = linear_twin(teacher, plain, text.fit, folder=arguments.folder / "twin")
     layouts: dict[str, list[str]] = {}
     for method in arguments.methods:
         path = arguments.folder / f"{method}.json"
