@@ -20,8 +20,8 @@ from deltanet.errors import UserError
 
 from ..export import RECIPE
 from ..metrics import read_metrics
+from .diagnostics import diagnose
 from .language import continuations, language
-from .result import TaskResult
 from .selection import Chosen, select
 from .subject import Subject, load_subject
 from .windows import NONE, SELF, TOKENS, read_windows
@@ -91,9 +91,10 @@ def measure(
 ) -> dict:
     """The report: student, teacher (names), device, dtype, seed, versions, layers; then what was asked for:
 
-    with windows (N, T) int64: tokens, window, perplexity, kl, top1_agreement, by_position, samples (`language.py`) and
-    recall (`convert.closeness.recall`); with tasks: tasks, by name of the result (see `TaskResult`, and under
-    `teacher` the same of the teacher); with contexts: speed and memory (`worth.py`).
+    with windows (N, T) int64: tokens, window, perplexity, kl, top1_agreement, by_position, samples (`language.py`),
+    recall (`convert.closeness.recall`) and diagnostics (`diagnostics.py`); with tasks: tasks, by name of the result
+    (see `TaskResult`, and under `teacher` the same of the teacher), and skipped_tasks, with the reasons; with contexts:
+    speed and memory (`worth.py`).
     """
     config = student.model.config
     report: dict = {
@@ -118,6 +119,8 @@ def measure(
             with _timed(report, "recall"):
                 other = None if teacher is None else teacher.model
                 report["recall"] = recall(other, student.model, windows.to(student.device), seed=seed)
+        with _timed(report, "diagnostics"):
+            report["diagnostics"] = diagnose(student, teacher, windows, seed=seed)
     if contexts:
         with _timed(report, "worth"), progress("speed and memory", sum(contexts), "tokens") as advance:
             report |= worth(student, teacher, contexts, seed=seed, advance=advance)
@@ -136,25 +139,23 @@ def run_tasks(
     nobody named could not be run). Raises UserError for one that was named and cannot be run."""
     results: dict[str, dict] = {}
     skipped: dict[str, str] = {}
-    for task in tasks:
-        found: dict[str, list[TaskResult]] = {}
-        try:
-            for who, subject in (("student", student), ("teacher", teacher)):
-                if subject is not None:
-                    with progress(f"{task.name}, {who}", 1.0) as advance:
-                        options = {"seed": seed, "limit": limit, "max_context": max_context, "advance": advance}
-                        found[who] = task.run(subject, **options)
-        except UserError as error:
-            if task.is_named:
-                raise
-            skipped[task.name] = str(error)
-            continue
-        for index, result in enumerate(found["student"]):
-            results[result.name] = result.as_json()
-            if teacher is not None:
-                theirs = found["teacher"][index].as_json()
-                shared = ("name", "n", "floors")
-                results[result.name]["teacher"] = {k: v for k, v in theirs.items() if k not in shared}
+    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    with progress("tasks", len(tasks) * len(models)) as advance:
+        options = {"seed": seed, "limit": limit, "max_context": max_context, "advance": advance}
+        for task in tasks:
+            try:
+                found = {who: task.run(subject, **options) for who, subject in models.items()}
+            except UserError as error:
+                if task.is_named:
+                    raise
+                skipped[task.name] = str(error)
+                continue
+            for index, result in enumerate(found["student"]):
+                results[result.name] = result.as_json()
+                if teacher is not None:
+                    theirs = found["teacher"][index].as_json()
+                    shared = ("name", "n", "floors")
+                    results[result.name]["teacher"] = {k: v for k, v in theirs.items() if k not in shared}
     return results, skipped
 
 

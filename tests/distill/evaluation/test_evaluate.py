@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from eval_subjects import TEXT
 from test_sets import LAMBADA, PIQA, write
 
@@ -119,6 +120,8 @@ class Recall:
 
 
 class Named:
+    device = torch.device("cpu")
+
     def __init__(self, name):
         self.name = name
 
