@@ -4,31 +4,29 @@
 
 Every ranking comes from --calibrate alone. Every distinct choice is then converted and calibrated like any other, and
 measured on the first windows of --measure: its perplexity over the teacher's / mean KL(teacher || student) in nats,
-and how much of a repeated passage it recalls. With --pairs, all ways to keep two layers are measured too, each with the
-mixers of one all-linear twin. Rankings and students are kept in --folder, where a later call finds them.
+and how much of a repeated passage it recalls (`convert.closeness.recall`). Rankings and figures are kept in --folder,
+where a later call with the same arguments finds them.
 Results so far: docs/results/ranking.md.
 """
 
 import argparse
 import copy
-import itertools
 import json
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.calibrate import Judge
 from convert.calibrate import calibrate
-from convert.calibration import Settings
-from convert.closeness import recall
+from convert.closeness import compare, final_states, recall
 from convert.command import load_tokenizer
 from convert.layouts import parse_layout
 from convert.loading import load_teacher, student_from_teacher
 from convert.plan import student_config
-from convert.ranking.hybrid import Hybrid
 from convert.ranking.rank import METHODS, linear_twin, rank_layers
 from convert.text import calibration_text, read_documents, tokenise
+
+RECALL_TOKENS = 4096
 
 
 def main() -> None:
@@ -38,10 +36,9 @@ def main() -> None:
     parser.add_argument("--measure", required=True, metavar="TEXT", help="a file that nothing is fitted on")
     parser.add_argument("--keep", nargs="+", type=int, default=[2, 4], help="numbers of layers that keep attention")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--pairs", action="store_true", help="measure every pair of kept layers as well")
     parser.add_argument("--tokens", type=int, default=8192, help="that maps and mixers are fitted on")
     parser.add_argument("--scored", type=int, default=4096, help="tokens set aside, from which the scores come")
-    parser.add_argument("--windows", type=int, default=12, help="windows of up to 1024 tokens measured")
+    parser.add_argument("--windows", type=int, default=8, help="windows of up to 1024 tokens measured")
     parser.add_argument("--folder", type=Path, default=Path("runs/rank"), help="what is done stays here")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -64,7 +61,7 @@ def main() -> None:
     plain = student_config(teacher.config, parse_layout("none", types, teacher.config.sliding_window))
     missing = [method for method in arguments.methods if not (arguments.folder / f"{method}.json").exists()]
     twin = None
-    if arguments.pairs or set(missing) - {"linearity"}:
+    if set(missing) - {"linearity"}:
         twin = linear_twin(teacher, plain, text.fit, folder=arguments.folder / "twin")
     layouts: dict[str, list[str]] = {}
     for method in arguments.methods:
@@ -80,18 +77,18 @@ def main() -> None:
     for keep in arguments.keep:
         for layout in (f"every:{len(types) // keep}", *(["global2"] if keep == 2 else [])):
             layouts.setdefault(_kept(layout, teacher), []).append(layout)
-    if arguments.pairs:
-        _pairs(teacher, twin, measured)
-    judge = Judge(teacher, {"measured": measured}, batch=2)
-    print("\n| keeps attention | chosen by | x teacher (KL) | recall | seconds |\n| --- | --- | --- | --- | --- |")
+    reference = final_states(teacher, measured)
+    recalled = recall(None, teacher, measured, tokens=RECALL_TOKENS, seed=arguments.seed)["repeat"]["student"]
+    print(f"\n{measured.numel():,} tokens; the teacher recalls {recalled:.3f}\n")
+    print("| keeps attention | chosen by | x teacher (KL) | recall | seconds |\n| --- | --- | --- | --- | --- |")
     for layout, names in sorted(layouts.items(), key=lambda item: len(item[0])):
-        path, start = arguments.folder / f"{layout.replace(':', '-')}.json", time.monotonic()
+        path = arguments.folder / f"{layout.replace(':', '-')}.json"
         if not path.exists():
-            path.write_text(json.dumps(_measure(layout, teacher, text, measured, judge, arguments.seed)))
+            path.write_text(json.dumps(_measure(layout, teacher, text.fit, measured, reference, arguments.seed)))
         figures = json.loads(path.read_text())
         print(
             f"| {layout.removeprefix('layers:')} | {', '.join(names)} | {figures['x']:.3f} ({figures['kl']:.3f}) "
-            f"| {figures['recall']:.3f} | {time.monotonic() - start:.0f} |",
+            f"| {figures['recall']:.3f} | {figures['seconds']:.0f} |",
             flush=True,
         )
 
@@ -103,21 +100,20 @@ def _kept(layout: str, teacher) -> str:
     return "layers:" + ",".join(str(layer) for layer in range(len(types)) if layer not in linear)
 
 
-def _measure(layout: str, teacher, text, measured: torch.Tensor, judge: Judge, seed: int) -> dict:
+def _measure(layout: str, teacher, fit: torch.Tensor, measured: torch.Tensor, reference, seed: int) -> dict:
+    start = time.monotonic()
     kept = parse_layout(layout, teacher.config.layer_types, teacher.config.sliding_window)
     student = student_from_teacher(teacher, copy.deepcopy(student_config(teacher.config, kept)), share=True)
-    calibrate(teacher, student, text.fit, Settings.for_device(teacher.device))
-    times, kl = judge(student)["measured"]
-    recalled = recall(None, student, measured, tokens=8192, seed=seed)["repeat"]["student"]
-    return {"x": times, "kl": kl, "recall": recalled}
-
-
-def _pairs(teacher, twin, measured: torch.Tensor) -> None:
-    hybrid = Hybrid(teacher, twin, measured)
-    every = set(range(hybrid.num_layers))
-    found = {pair: hybrid.divergence(every - set(pair)) for pair in itertools.combinations(sorted(every), 2)}
-    for pair, kl in sorted(found.items(), key=lambda item: item[1]):
-        print(f"pair {pair}: {kl:.4f}", flush=True)
+    calibrate(teacher, student, fit)
+    hidden = {"teacher": reference, "student": final_states(student, measured)}
+    scores = compare(teacher, student, hidden, measured)
+    recalled = recall(None, student, measured, tokens=RECALL_TOKENS, seed=seed)["repeat"]["student"]
+    return {
+        "x": scores["student"]["perplexity"] / scores["teacher"]["perplexity"],
+        "kl": scores["student"]["kl"],
+        "recall": recalled,
+        "seconds": time.monotonic() - start,
+    }
 
 
 if __name__ == "__main__":

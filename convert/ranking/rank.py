@@ -31,7 +31,6 @@ METHODS = {
     "greedy": "KL(teacher || student) in nats before this layer, the best next one, gets its attention back",
 }
 """What the score of each says. Larger means that the layer needs its attention more."""
-SCORED_TOKENS = 4096
 
 Progress = Callable[[float], None]
 
@@ -85,7 +84,7 @@ def rank_layers(
     check_method(method)
     check_text(method, text)
     start = time.monotonic()
-    scored = text.held_out[: max(SCORED_TOKENS // text.held_out.shape[1], 1)].to(teacher.device)
+    scored = text.held_out.to(teacher.device)
     if method == "linearity":
         rows = linearity(teacher, text.fit.to(teacher.device), scored, advance=advance)
         rows = [{"layer": row["layer"], "score": 1 - row["block"], **row} for row in rows]
