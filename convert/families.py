@@ -159,14 +159,15 @@ def _refuse(raw: dict, where: Path) -> None:
     kind = raw.get("model_type")
     if kind == DeltaNetConfig.model_type:
         raise UserError(f"{where}: this is a student already; convert the teacher it was made from")
-    if kind not in FAMILIES:
-        reason = f" (not supported: {REASONS[kind]})" if kind in REASONS else ""
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        reason = f" (not supported: {REASONS[kind]})" if isinstance(kind, str) and kind in REASONS else ""
         guess = nearest(kind, list(FAMILIES)) if isinstance(kind, str) and not reason else ""
         raise UserError(
             f"{where}: model_type {kind!r} cannot be converted{reason}; these can: {', '.join(FAMILIES)}{guess}"
         )
-    for name in raw.get("architectures") or []:
-        if not name.endswith("ForCausalLM"):
+    architectures = raw.get("architectures") or []
+    for name in architectures if isinstance(architectures, list) else [architectures]:
+        if not isinstance(name, str) or not name.endswith("ForCausalLM"):
             raise UserError(f"{where}: architectures has {name!r}; only ...ForCausalLM models can be converted")
     method = raw.get("quantization_config")
     if method:
