@@ -71,6 +71,8 @@ def parse_manifest(data: bytes) -> dict[str, tuple[int, str]]:
     try:
         listed = json.loads(data.decode("utf-8"))["files"]
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+        if any(type(size) is not int or type(digest) is not str for size, digest in files.values()):
+            raise TypeError("a size or a digest of another kind")
         if data != as_manifest(files).encode("utf-8"):
             raise ValueError("not as it was written, or of another format")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -84,7 +86,13 @@ def parse_manifest(data: bytes) -> dict[str, tuple[int, str]]:
 def is_plain(name: str) -> bool:
     """Whether a name with / stays within its folder and is written the one way it can be."""
     path = PurePosixPath(name)
-    return bool(name) and str(path) == name and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    return (
+        name not in ("", ".")
+        and str(path) == name
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\\" not in name
+    )
 
 
 def damage(folder: Path) -> list[str]:
