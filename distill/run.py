@@ -28,6 +28,7 @@ import transformers
 
 from convert.command import convert, load_tokenizer
 from convert.loading import load_teacher
+from convert.publish.push import push
 from convert.sources import open_source
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
 from deltanet.errors import Interrupted, UserError
@@ -40,7 +41,7 @@ from .evaluate import compare, mean_parts
 from .evaluation.at_end import evaluate_export
 from .evaluation.evaluate import check_contexts
 from .evaluation.selection import select
-from .export import export
+from .export import add_reports, check_push, export
 from .interrupts import Interrupts
 from .loop import Job, Rim, positions_of, train
 from .metrics import MetricsLog, Pulse, read_metrics, trackers
@@ -96,6 +97,7 @@ class _Run:
 
     def everything(self, resume: str) -> dict:
         once(self.world, lambda: check_recipe_unchanged(self.folder, self.recipe))
+        once(self.world, lambda: check_push(self.recipe.export.push))
         self.tasks = once(self.world, lambda: select(self.recipe.evaluation.tasks, "evaluation.tasks"))
         commit = once(self.world, lambda: self._find_commit(resume))
         self.start = self._student_folder()
@@ -377,32 +379,37 @@ class _Run:
             }
             out = self.folder / "export"
             options = self.recipe.export
-            num_parameters = export(
+            facts = {
+                "results": results,
+                "samples": samples,
+                "parameters": sum(parameter.numel() for parameter in student.parameters()),
+                "tokens": sum(plan.num_tokens for plan in self.plans),
+                "held_out_tokens": sum(sequence.num_tokens for sequence in self.held_out),
+                "export": str(out),
+            }
+            export(
                 commit.folder / STUDENT,
                 self.start,
                 out,
                 dtype=options.dtype,
                 max_shard_size=options.max_shard_size,
                 recipe=show(self.recipe),
+                report=facts,
             )
-            facts = {
-                "results": results,
-                "samples": samples,
-                "parameters": num_parameters,
-                "tokens": sum(plan.num_tokens for plan in self.plans),
-                "held_out_tokens": sum(sequence.num_tokens for sequence in self.held_out),
-                "export": str(out),
-            }
             print(write_report(self.folder, facts, read_metrics(self.log.path)))
             print(f"\nexport   {out}")
             evaluation = self.recipe.evaluation
             if self.tasks or evaluation.contexts:
                 teacher = (self.recipe.teacher.model, self.teacher, self.tokenizer)
                 page = evaluate_export(out, *teacher, self.held_out, evaluation, self.tasks, self.folder)
+                add_reports(out, [page.with_suffix(".json"), page.with_suffix(".md")])
                 print(f"page     {page}")
             return facts
 
-        return once(self.world, finish)
+        facts = once(self.world, finish)
+        if self.recipe.export.push is not None and self.world.is_main:
+            print(f"pushed   {push(self.folder / 'export', self.recipe.export.push)}")
+        return facts
 
 
 def _say(text: str) -> None:

@@ -209,6 +209,7 @@ class Evaluation(Section):
 class Export(Section):
     dtype: Dtype = Field("auto", description="auto is the student's own")
     max_shard_size: str = "5GB"
+    push: str | None = Field(None, description="Hub repository (user/name) to send it to; made private if missing")
 
 
 class Recipe(Section):

@@ -48,7 +48,7 @@ def make_card(folder: Path) -> str:
     name = f"{Path(base or source or config.source_model_type or 'student').name}-deltanet"
     sections = [
         f"# {name}",
-        _opening(config, base, source, record.get("revision"), bool(report)),
+        _opening(config, base, source, record.get("revision"), report),
         "## Layers",
         _layers(config),
         "## How it was made",
@@ -110,11 +110,16 @@ def _metadata(
     return data.to_yaml()
 
 
-def _opening(config: DeltaNetConfig, base: str | None, source: str | None, revision: str | None, trained: bool) -> str:
+def _opening(config: DeltaNetConfig, base: str | None, source: str | None, revision: str | None, report: dict) -> str:
     linear, total = config.layer_types.count(LINEAR), config.num_hidden_layers
+    if report.get("results") and not _teacher(report):
+        return (
+            f"A model trained from nothing: {linear} of its {total} attention layers run on the delta rule "
+            f"(`{config.mixer}`), in linear time and with a state that does not grow."
+        )
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"`{source}`" if source else "a transformer"
     pinned = f" at `{revision}`" if revision else ""
-    how = "converted and then distilled from it" if trained else "converted from it, and not trained since"
+    how = "converted and then distilled from it" if report else "converted from it, and not trained since"
     return (
         f"A student of {origin}{pinned}: {linear} of its {total} attention layers run on the delta rule "
         f"(`{config.mixer}`), in linear time and with a state that does not grow. It was {how}."
@@ -152,7 +157,7 @@ def _measured(closeness: dict, report: dict, tasks: dict) -> str:
     if report.get("results"):
         held = report.get("held_out_tokens")
         lines.append(f"On {held:,} held-out tokens of the recipe's text:" if held else "On held-out text:")
-        lines.append(_table(report["results"], report["results"][0]["perplexity"]))
+        lines.append(_table(report["results"], _teacher(report)))
     if tasks:
         lines.append("Tasks, share right with its standard error, on the same examples (`evaluation.md` has more):")
         lines.append(_task_table(tasks))
@@ -175,11 +180,18 @@ def _measured(closeness: dict, report: dict, tasks: dict) -> str:
     return "\n\n".join(lines or ["Nothing was measured."])
 
 
-def _table(rows: list[dict], teacher: float) -> str:
+def _teacher(report: dict) -> float | None:
+    """The teacher's perplexity, where the run had a teacher."""
+    first = report["results"][0]
+    return first["perplexity"] if first["model"] == "teacher" else None
+
+
+def _table(rows: list[dict], teacher: float | None) -> str:
     lines = ["| | perplexity | x teacher | KL, nats/token |", "| --- | ---: | ---: | ---: |"]
     for row in rows:
         kl = f"{row['kl']:.4f}" if "kl" in row else "-"
-        lines.append(f"| {row['model']} | {row['perplexity']:.4g} | {row['perplexity'] / teacher:.4g} | {kl} |")
+        ratio = f"{row['perplexity'] / teacher:.4g}" if teacher else "-"
+        lines.append(f"| {row['model']} | {row['perplexity']:.4g} | {ratio} | {kl} |")
     return "\n".join(lines)
 
 

@@ -3,15 +3,20 @@
 import json
 
 import pytest
+from huggingface_hub import snapshot_download
+from loopback_hub import hub
+from published import files_of
 from safetensors.torch import load_file
-from small_run import write_teacher
+from small_run import write_recipe, write_teacher
 
 from convert import convert
 from convert.publish.manifest import damage
 from convert.publish.verify import verify
 from deltanet.errors import UserError
 from distill.export import add_reports, check_push, export
+from distill.run import distil
 
+__all__ = ["hub"]
 REPORT = {
     "results": [{"model": "teacher", "perplexity": 4.0}, {"model": "after distil", "perplexity": 5.0, "kl": 0.25}],
     "tokens": 10,
@@ -79,3 +84,31 @@ def test_a_push_that_cannot_work_is_refused_before_training(monkeypatch, tmp_pat
         check_push("user/name")
     monkeypatch.setenv("HF_TOKEN", "hf_something0123456789")
     check_push("user/name")
+
+
+def test_a_recipe_that_asks_for_it_ends_on_the_hub_and_what_is_pulled_has_the_same_bytes(hub, tmp_path, capfd):
+    recipe = write_recipe(
+        tmp_path / "r.yaml", write_teacher(tmp_path / "teacher"), stages=[{"kind": "distil", "steps": 2}]
+    )
+    distil(recipe, ["export.push=tester/small", "evaluation.tasks=[]"], output=tmp_path / "run")
+    out = tmp_path / "run" / "export"
+    assert verify(out).problems == []
+    snapshot_download("tester/small", local_dir=tmp_path / "pulled")
+    pulled = {name: data for name, data in files_of(tmp_path / "pulled").items() if not name.startswith(".")}
+    assert pulled == files_of(out)
+    assert hub.repositories["tester/small"].private
+    said = capfd.readouterr()
+    assert f"pushed   {hub.url}/tester/small" in said.out
+    written = [data for data in files_of(tmp_path / "run").values() if hub.token.encode() in data]
+    assert not written
+    assert hub.token not in said.out + said.err
+    report = json.loads((out / "report.json").read_text())
+    assert f"| after distil | {report['results'][-1]['perplexity']:.4g} |" in (out / "README.md").read_text()
+
+
+def test_a_recipe_whose_push_cannot_work_trains_nothing(hub, tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path / "r.yaml", write_teacher(tmp_path / "teacher"))
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="no token for the Hub"):
+        distil(recipe, ["export.push=tester/small"], output=tmp_path / "run")
+    assert not (tmp_path / "run" / "student").exists()

@@ -1,9 +1,10 @@
 import shutil
-import time
 
 import pytest
-from loopback_hub import LoopbackHub
+from loopback_hub import hub
 from published import make_source, make_student
+
+__all__ = ["hub"]
 
 
 @pytest.fixture(scope="session")
@@ -23,28 +24,3 @@ def student(made, tmp_path):
 @pytest.fixture
 def source(made, tmp_path):
     return shutil.copytree(made[0], tmp_path / "source")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub on loopback that huggingface_hub takes for the real one; the token is in the environment."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    with LoopbackHub() as server:
-        settings = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_TOKEN_PATH": str(tmp_path / "no-login"),
-            "HF_STORED_TOKENS_PATH": str(tmp_path / "no-logins"),
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setattr(time, "sleep", lambda seconds: server.waits.append(seconds))
-        server.waits = []
-        yield server
-        huggingface_hub.close_session()

@@ -10,11 +10,13 @@ import json
 import re
 import socket
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
 
 OWNER = "tester"
@@ -415,3 +417,28 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return 200, b"", headers | {"Content-Length": str(len(data))}
         return 200, data, headers
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback that huggingface_hub takes for the real one; the token is in the environment."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    with LoopbackHub() as server:
+        settings = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "no-login"),
+            "HF_STORED_TOKENS_PATH": str(tmp_path / "no-logins"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setattr(time, "sleep", lambda seconds: server.waits.append(seconds))
+        server.waits = []
+        yield server
+        huggingface_hub.close_session()

@@ -143,3 +143,13 @@ def test_a_damaged_report_is_named(student):
     (student / "closeness.json").write_text("{")
     with pytest.raises(UserError, match=r"closeness\.json: unreadable"):
         make_card(student)
+
+
+def test_a_model_without_a_teacher_is_compared_with_none(student):
+    (student / "conversion.json").unlink()
+    rows = [{"model": "new", "perplexity": 100.0}, {"model": "after pretrain", "perplexity": 25.0}]
+    (student / "report.json").write_text(json.dumps({"results": rows}))
+    card = card_of(student)
+    assert "A model trained from nothing" in card.text
+    assert "| after pretrain | 25 | - | - |" in card.text
+    assert "base_model" not in card.data.to_dict()
