@@ -128,6 +128,7 @@ def convert_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="convert nothing; check that the folder SOURCE is whole: digests, tensors, tokenizer, loading",
     )
+    parser.add_argument("--device", default="auto", help="of the calibration: auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read pytorch_model.bin where there are no safetensors"

@@ -60,17 +60,21 @@ def convert(
     seed: int = 0,
     revision: str | None = None,
     allow_pickle: bool = False,
+    device: str = "auto",
 ) -> dict:
     """Writes the student of `source` to the folder `output` and returns the report: source, output, layout, tensors,
     closeness, seconds, peak_rss_mb, notes, and with dry_run the plan instead of an output.
 
-    `calibrate` is texts (files), `self`, or `none` for the plain copy; an interrupted calibration goes on from its last
-    finished layer. Raises UserError for every kind of wrong input,
-    in which case nothing is left at `output`.
+    `calibrate` is texts (files), `self`, or `none` for the plain copy; it runs on `device` (auto: the first CUDA
+    device, else the CPU), and an interrupted one goes on from its last finished layer. Raises UserError for every kind
+    of wrong input, in which case nothing is left at `output`.
     """
     given, start = dict(locals()), time.monotonic()
+    from deltanet.generate import pick_device
+
     out = Path(output)
     options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range)
+    where = pick_device(device)
     target_dtype = WEIGHT_DTYPES.get(_one_of("--dtype", dtype, ("auto", *WEIGHT_DTYPES)))
     limit = parse_size("--max-shard-size", max_shard_size)
     check_target(out, overwrite)
@@ -107,7 +111,7 @@ def convert(
         store = out.absolute().with_name(f".{out.name}.calibration")
         if layout.linear and tuple(calibrate) != ("none",):
             overrides, report["closeness"], report["calibration"] = _calibrate(
-                opened.folder, plan, tokenizer, calibrate, held_out, seed, store
+                opened.folder, plan, tokenizer, calibrate, held_out, seed, store, where
             )
         try:
             with Staging(out, overwrite) as staging:
@@ -247,7 +251,7 @@ def parse_size(option: str, text: str) -> int:
 
 
 def _calibrate(
-    folder: Path, plan: Plan, tokenizer, texts: Sequence[str], held_out: str | None, seed: int, store: Path
+    folder: Path, plan: Plan, tokenizer, texts: Sequence[str], held_out: str | None, seed: int, store: Path, device
 ) -> tuple[dict, dict | None, dict]:
     """(new values by tensor name, the closeness report, the calibration's own report). Finished layers are kept in
     `store` until all is done. The student is measured as it will be written, in its own dtype."""
@@ -258,7 +262,7 @@ def _calibrate(
     from .loading import load_teacher, student_from_teacher
     from .text import calibration_text
 
-    teacher = load_teacher(folder, torch.float32)
+    teacher = load_teacher(folder, torch.float32).to(device)
     with progress("writing the calibration text", texts.count("self")) as advance:
         text = calibration_text(texts, held_out, tokenizer, teacher, seed=seed, advance=advance)
     # A copy, since a model in memory sets the dtype of its configuration to its own.
@@ -270,7 +274,7 @@ def _calibrate(
         layer = int(move.target.split(".")[2]) if move.target.startswith("model.layers.") else None
         is_linear = layer is not None and plan.config.layer_types[layer] == LINEAR
         if is_linear and (move.operation == "new" or ".o_proj." in move.target):
-            overrides[move.target] = state[move.target].to(move.dtype)
+            overrides[move.target] = state[move.target].to("cpu", move.dtype)
             state[move.target].copy_(overrides[move.target])
     if not len(text.held_out):
         plan.notes.append("the text was too short to set any aside, so closeness was not measured; see --held-out")

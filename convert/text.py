@@ -110,7 +110,7 @@ def _rows(content: str, kind: str, path: Path) -> list[tuple]:
         if kind == ".json":
             data = json.loads(content)
             return [(row, f"{path}: row {index + 1}") for index, row in enumerate(data)]
-        lines = enumerate(content.splitlines(), 1)
+        lines = enumerate(content.split("\n"), 1)  # str.splitlines would also cut at U+2028 inside a string
         return [(json.loads(line), f"{path}:{number}") for number, line in lines if line.strip()]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not {'a JSON list' if kind == '.json' else 'JSON lines'}: {error}") from None
@@ -223,6 +223,10 @@ def document_start(tokenizer) -> int | None:
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
+BATCH = {"cpu": 48, "cuda": 512}
+"""Rows that a teacher writes at once."""
+
+
 @torch.no_grad()
 def write_text(
     teacher,
@@ -231,7 +235,7 @@ def write_text(
     length: int,
     seed: int,
     advance: Callable[[float], None] | None = None,
-    batch: int = 48,
+    batch: int | None = None,
 ) -> torch.Tensor:
     """(windows, length) token ids sampled from the teacher at temperature 1: the same for the same seed and device.
 
@@ -243,14 +247,12 @@ def write_text(
     start = document_start(tokenizer) if tokenizer is not None else teacher.config.bos_token_id
     start = 0 if start is None else start
     chat = _chat_opening(tokenizer) or [start]
-    openings = [
-        [chat, [start], [start, _any_token(vocabulary, generator)]][row % 3]
-        for row in range(windows)
-    ]
+    openings = [[chat, [start], [start, _any_token(vocabulary, generator)]][row % 3] for row in range(windows)]
     given = torch.full((windows, length), -1, dtype=torch.int64)
     for row, opening in enumerate(openings):
         given[row, : len(opening)] = torch.tensor(opening)[:length]
     out = given.clone()
+    batch = batch or BATCH.get(teacher.device.type, BATCH["cpu"])
     for group in (slice(first, first + batch) for first in range(0, windows, batch)):
         cache = None
         for position in range(1, length):

@@ -51,7 +51,7 @@ def written_source(
             key = int(hashed(seed, *own, len(files))[0]) >> 1
             _store(file, _portion(source, teacher, tokenizer, key))
         files.append(str(file))
-        found = sum(json.loads(line)["tokens"] for line in file.read_text(encoding="utf-8").splitlines())
+        found = _num_tokens(file)
         tokens, empty = tokens + found, 0 if found else empty + 1
         if empty == MOST_EMPTY:
             what = "repeats itself in {} rows" if source.kind == "text" else "ends none of {} chats"
@@ -101,6 +101,11 @@ def repeats(text: str) -> bool:
     """Whether a text says little more than once what it says."""
     plain = text.encode()
     return len(zlib.compress(plain)) < LEAST_NEW * len(plain)
+
+
+def _num_tokens(file: Path) -> int:
+    with file.open(encoding="utf-8", newline="\n") as lines:  # str.splitlines would also cut at U+2028 and the like
+        return sum(json.loads(line)["tokens"] for line in lines)
 
 
 def _store(file: Path, documents: list[dict]) -> None:

@@ -40,6 +40,7 @@ def rank(
     seed: int = 0,
     revision: str | None = None,
     allow_pickle: bool = False,
+    device: str = "auto",
 ) -> dict:
     """Writes the ranking of `source`'s layers by `method` to the file `output` and returns it.
 
@@ -49,12 +50,15 @@ def rank(
     """
     import torch
 
+    from deltanet.generate import pick_device
+
     from ..loading import load_teacher
     from ..text import calibration_text, enough_tokens
     from .linearity import TOKENS_PER_UNIT
     from .rank import check_method, check_text, linear_twin, rank_layers, rounds
 
     check_method(method)
+    where = pick_device(device)
     options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range)
     out = check_target(Path(output), overwrite)
     if "none" in calibrate:
@@ -65,7 +69,7 @@ def rank(
         config = teacher_config(opened.folder)
         layout = parse_layout("none", config.layer_types, config.sliding_window)
         tokenizer = load_tokenizer(opened.folder)
-        teacher = load_teacher(opened.folder, torch.float32, allow_pickle=allow_pickle)
+        teacher = load_teacher(opened.folder, torch.float32, allow_pickle=allow_pickle).to(where)
         is_linearity = method == "linearity"
         tokens = max(enough_tokens(config), TOKENS_PER_UNIT * config.hidden_size) if is_linearity else None
         with progress("writing the text", max(list(calibrate).count("self"), 1)) as advance:

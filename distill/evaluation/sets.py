@@ -80,7 +80,7 @@ def read_set(path: str | Path) -> StandardSet:
     row of no known format, and a file without rows or with rows of two kinds."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, as splitlines would
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: unreadable: {getattr(error, 'strerror', None) or error}") from None
     rows: list[Row] = []

@@ -64,6 +64,12 @@ def test_rows_of_every_kind_are_read(tmp_path, row, expected, suffix):
     assert read_documents(path) == [expected, expected]
 
 
+def test_a_line_separator_within_a_string_does_not_end_a_row(tmp_path):
+    text = "one\u2028two\x85three"
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_documents(tmp_path / "text.jsonl") == [text]
+
+
 def test_plain_text_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("Ein Märchen.\n\nZwei.", encoding="utf-8")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress("Ein Märchen.".encode()))

@@ -52,6 +52,12 @@ def test_a_killed_writing_goes_on_with_the_next_portion(tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
+def test_a_line_separator_that_the_teacher_writes_does_not_end_a_row(tmp_path, monkeypatch):
+    rows = [{"text": "one\u2028two\x85three", "tokens": 700}]
+    monkeypatch.setattr(teacher_text, "_portion", lambda *arguments: rows)
+    assert len(teacher_text.written_source(Source(name="teacher", from_teacher=700), None, None, tmp_path, 0).path) == 1
+
+
 def test_loops_are_told_from_prose():
     assert repeats("The cat sat on the mat. " * 20)
     assert not repeats((small_run.DEMO / "text.txt").read_text()[:800])
