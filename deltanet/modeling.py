@@ -224,8 +224,9 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         masks, longest = attention_mask, None
         packs = self.config._attn_implementation == "sdpa" and not self.config.attention_dropout
         if cu_seqlens is not None and packs:
-            # No mask, which would be as large as the square of the row.
-            masks, longest = dict.fromkeys(self.config.layer_types), int(cu_seqlens.diff().max())
+            # No mask, which would be as large as the square of the row. The bound is a power of two, so that compiled
+            # code sees few different ones.
+            masks, longest = dict.fromkeys(self.config.layer_types), 1 << int(cu_seqlens.diff().max()).bit_length()
         elif not isinstance(masks, dict):
             masks = self._masks(inputs_embeds, attention_mask, position_ids, cache)
         hidden_states = inputs_embeds
