@@ -18,11 +18,12 @@ def picture(layers: list[str]) -> str:
     return "".join(marks[kind] for kind in layers)
 
 
-def _section(section: Section) -> str:
-    parts = [f"## {section.title}", *section.prose, *map(_table, section.tables)]
+def _section(section: Section, mark: str = "##") -> str:
+    parts = [f"{mark} {section.title}", *section.prose, *map(_table, section.tables)]
     for sample in section.samples:
         lines = [f"- {label}: {_inline(text)}" for label, text in sample.items()]
         parts.append("\n".join(lines))
+    parts += [_section(part, mark + "#") for part in section.folded if part.tables]
     return "\n\n".join(parts)
 
 

@@ -27,6 +27,8 @@ th:first-child, td:first-child { text-align: left; white-space: normal; padding-
 .key { color: var(--soft); font-size: .85rem; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .9em; }
 .key i:first-child { margin-left: 0; }
+details { border-top: 1px solid var(--line); padding: .35rem 0; }
+summary { cursor: pointer; font-weight: 600; font-size: .95rem; }
 dl { border-left: 3px solid var(--line); margin: 1rem 0; padding-left: .9rem; }
 dt { color: var(--soft); font-size: .85rem; }
 dd { margin: 0 0 .4rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14rem; overflow-y: auto; }
@@ -61,15 +63,20 @@ def _layers(layers: list[str]) -> str:
 def _section(section: Section, drawings: dict[str, str]) -> str:
     parts = [f"<h2>{escape(section.title)}</h2>"]
     parts += [f"<p>{escape(line)}</p>" for line in section.prose]
-    tables = [_table(table) for table in section.tables]
-    parts += tables[:1]
+    parts += map(_table, section.tables)
     if section.figures:
         parts.append('<div class="plots">' + "\n".join(drawings[name] for name in section.figures) + "</div>")
-    parts += tables[1:]
-    for sample in section.samples:
-        pairs = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in sample.items())
-        parts.append(f"<dl>{pairs}</dl>")
+    parts += map(_sample, section.samples)
+    for part in section.folded:
+        inside = "\n".join([*map(_table, part.tables), *map(_sample, part.samples)])
+        if inside:
+            parts.append(f"<details><summary>{escape(part.title)}</summary>\n{inside}\n</details>")
     return "\n".join(parts)
+
+
+def _sample(sample: dict[str, str]) -> str:
+    pairs = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in sample.items())
+    return f"<dl>{pairs}</dl>"
 
 
 def _table(table: Table) -> str:

@@ -4,10 +4,11 @@ Twin: tests/distill/evaluation/test_sections.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 MODELS = ("teacher", "student")
 SURE = 2  # standard errors
+SAID = ("said", "chosen", "correct")  # what a sample of a task tells of the model, not of the example
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """figures: names of plots (`plots.py`). samples: what models wrote, each a dict of label -> text."""
+    """figures: names of plots (`plots.py`). samples: what models wrote, each a dict of label -> text. folded: parts
+    that the page shows when asked to."""
 
     title: str
     prose: Sequence[str] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[str] = ()
-    samples: Sequence[dict[str, str]] = field(default=())
+    samples: Sequence[dict[str, str]] = ()
+    folded: Sequence["Section"] = ()
 
 
 def title(report: dict) -> str:
@@ -76,7 +79,8 @@ def _summary(report: dict) -> Section:
         if "recall" in report:
             add(f"{label}, {report['recall']['distance']} tokens back", report["recall"][probe], _percent)
     for name, task in report.get("tasks", {}).items():
-        add(name, {"student": task["accuracy"], "teacher": task.get("teacher", {}).get("accuracy")}, _percent)
+        values = {"student": task["accuracy"], "teacher": task.get("teacher", {}).get("accuracy")}
+        add(name, values, _percent, compare="teacher" in task and _is_above_floors(task, "teacher"))
     for section, figures in (("speed", SPEED), ("memory", MEMORY)):
         last = report[section]["by_context"][-1] if section in report else {}
         for figure, (label, show) in figures.items():
@@ -106,36 +110,63 @@ def _language(report: dict) -> Section:
 
 
 def _tasks(report: dict) -> Section:
-    models, rows, levels = _models(report), [], []
+    models, rows = _models(report), []
     for name, task in report["tasks"].items():
         floor = max(task["floors"].items(), key=lambda item: item[1], default=("", 0.0))
-        cells = [name]
-        for who in models:
-            part = task if who == "student" else task["teacher"]
-            cells.append(f"{_percent(part['accuracy'])} ± {100 * part['stderr']:.1f}")
-        above = task["accuracy"] - floor[1] > SURE * task["stderr"]
-        cells += [f"{_percent(floor[1])} {floor[0]}".strip(), "yes" if above else "no", f"{task['n']:,}"]
-        rows.append(cells)
-        levels += _levels(name, task, models)
-    columns = ["task", *models, "best trivial strategy", "student above it", "examples"]
+        above = [who for who in models if _is_above_floors(task, who)]
+        rows.append(
+            [
+                name,
+                *(_with_error(_part(task, who)) for who in models),
+                f"{_percent(floor[1])} {floor[0]}".strip(),
+                ("both" if len(above) == 2 else "".join(above)) or "none",
+                f"{task['n']:,}",
+            ]
+        )
+    columns = ["task", *models, "best trivial strategy", "above it", "examples"]
     prose = [
-        "Share right, ± its standard error. A student that is not above the best trivial strategy by "
+        "Share right, ± its standard error. A model that is not above the best trivial strategy by "
         f"{SURE} standard errors has shown nothing.",
         *(line for name, task in report["tasks"].items() for line in _further(name, task)),
         *(f"Not run: {reason}." for reason in report.get("skipped_tasks", {}).values()),
     ]
-    plots = [f"task {name}" for name, task in report["tasks"].items() if len(task["by_level"]) > 1]
-    return Section("Tasks", prose, [Table(columns, rows), *levels] if rows else [], plots)
+    return Section(
+        "Tasks",
+        prose,
+        [Table(columns, rows)] if rows else [],
+        [f"task {name}" for name, task in report["tasks"].items() if len(task["by_level"]) > 1],
+        folded=[_task(name, task, models) for name, task in report["tasks"].items()],
+    )
 
 
-def _levels(name: str, task: dict, models: Sequence[str]) -> list[Table]:
-    if not task["by_level"]:
-        return []
-    rows = []
-    for level, figures in task["by_level"].items():
-        parts = [figures if who == "student" else task["teacher"]["by_level"][level] for who in models]
-        rows.append([level, *(f"{_percent(part['accuracy'])} ± {100 * part['stderr']:.1f}" for part in parts)])
-    return [Table([name, *models], rows)]
+def _part(task: dict, who: str) -> dict:
+    """The figures of one model."""
+    return task if who == "student" else task["teacher"]
+
+
+def _with_error(figures: dict) -> str:
+    return f"{_percent(figures['accuracy'])} ± {100 * figures['stderr']:.1f}"
+
+
+def _is_above_floors(task: dict, who: str) -> bool:
+    figures = _part(task, who)
+    return figures["accuracy"] - max(task["floors"].values(), default=0.0) > SURE * figures["stderr"]
+
+
+def _task(name: str, task: dict, models: Sequence[str]) -> Section:
+    """Levels, and examples with what each model said."""
+    rows = [
+        [level, *(_with_error(_part(task, who)["by_level"][level]) for who in models)] for level in task["by_level"]
+    ]
+    samples = []
+    for index, sample in enumerate(task["samples"]):
+        shown = {label: str(text) for label, text in sample.items() if label not in SAID}
+        for who in models:
+            for label in SAID:
+                if label in sample:
+                    shown[f"{label}, {who}"] = str(_part(task, who)["samples"][index][label])
+        samples.append(shown)
+    return Section(name, tables=[Table(["level", *models], rows)] if rows else [], samples=samples)
 
 
 def _further(name: str, task: dict) -> list[str]:
@@ -198,7 +229,9 @@ def _by_context(report: dict, section: str, figures: dict) -> Table:
 
 def _speed(report: dict) -> Section:
     speed = report["speed"]
-    threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
+    threads = ""
+    if speed["device"] == "cpu":
+        threads = f", {speed['threads']} threads (load before: {speed['load']:.1f} on {speed['cores']} cores)"
     backends = "; ".join(f"{who}: {name}" for who, name in speed["backend"].items())
     prose = [
         f"Batch 1 on {speed['device']}{threads}, {report['dtype']}; medians after a warm-up. A context is a prompt and "

@@ -197,7 +197,7 @@ def _cloze(name: str, rows: Sequence[Cloze], scores: Sequence[Score]) -> TaskRes
         },
         figures={"perplexity": math.exp(min(nats, 700.0))},
         samples=[
-            {"context": row.context[-160:], "answer": row.continuation.strip(), "right": found.is_greedy}
+            {"context": row.context[-160:], "answer": row.continuation.strip(), "correct": found.is_greedy}
             for row, found in zip(rows[:SHOWN], scores)
         ],
     )
@@ -218,7 +218,7 @@ def _choices(name: str, rows: Sequence[Choice], likelihoods: list[list[float]]) 
     for suffix, values in (("", likelihoods), ("_norm", per_character)):
         chosen = [_largest(row) for row in values]
         samples = [
-            {"question": row.question, "chosen": row.options[pick].strip(), "right": row.options[row.gold].strip()}
+            {"question": row.question, "answer": row.options[row.gold].strip(), "chosen": row.options[pick].strip()}
             for row, pick in zip(rows[:SHOWN], chosen)
         ]
         right = sum(pick == gold for pick, gold in zip(chosen, golds))

@@ -8,6 +8,7 @@ resident set, so small models vanish in its noise. Twin: tests/distill/evaluatio
 
 import ctypes
 import gc
+import os
 import resource
 import statistics
 import time
@@ -37,12 +38,14 @@ def worth(
 ) -> dict:
     """The sections `speed` and `memory` of the report, for random tokens in `contexts` of so many, more than DECODED.
 
-    speed: device, threads, backend (`student`, `teacher`: what runs the layers), by_context: context, and per model
-    the medians of FIGURES, or why there are none; crossover: per figure, from which context on the student is ahead.
+    speed: device, threads, cores, load (of the machine, before), backend (`student`, `teacher`: what runs the layers),
+    by_context: context, and per model the medians of FIGURES, or why there are none; crossover: per figure, from which
+    context on the student is ahead.
     memory: weights_bytes, by_context (cache_bytes, peak_bytes), cache_bytes_per_token and crossover of the cache.
     """
     models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     speed, memory = [], []
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     for context in sorted(contexts):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(student.vocab_size, (1, context), generator=generator)
@@ -55,6 +58,8 @@ def worth(
         "speed": {
             "device": device_name(student.device),
             "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "load": load,
             "decoded_tokens": DECODED,
             "backend": {who: backend(subject, max(contexts)) for who, subject in models.items()},
             "by_context": speed,

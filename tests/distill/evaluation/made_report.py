@@ -16,7 +16,7 @@ TASK = {
     "n": 80,
     "floors": {"chance": 0.1, "the first": 0.2},
     "by_level": {"64": {"accuracy": 1.0, "stderr": 0.0, "n": 40}, "128": {"accuracy": 0.5, "stderr": 0.08, "n": 40}},
-    "samples": [],
+    "samples": [{"prompt": "a <u> b", "answer": "c", "said": "d"}],
     "figures": {"says A": 0.25},
 }
 REPORT = {
@@ -42,11 +42,15 @@ REPORT = {
         {"prompt": "Once <i>", "text": "upon", "student": "a `dog`\nran", "teacher": "a dog", "same_tokens": 2},
     ],
     "recall": {"distance": 24, "repeat": {"teacher": 0.5, "student": 0.25}, "needle": {"teacher": 0.0, "student": 0.0}},
-    "tasks": {"needle": TASK | {"teacher": TASK | {"accuracy": 0.9, "stderr": 0.03, "figures": {}}}},
+    "tasks": {"needle": TASK | {"teacher": TASK | {
+        "accuracy": 0.9, "stderr": 0.03, "figures": {}, "samples": [{"said": "c"}],
+    }}},
     "skipped_tasks": {"copying": "task copying: too long"},
     "speed": {
         "device": "cpu",
         "threads": 2,
+        "cores": 4,
+        "load": 0.25,
         "decoded_tokens": 32,
         "backend": {"student": "prefill: chunk", "teacher": "attention: sdpa"},
         "by_context": [

@@ -31,14 +31,34 @@ def test_the_ratio_is_the_student_over_the_teacher():
     assert rows["decoding, tokens/s, 4,096 tokens"] == ["", "39.0", ""]
 
 
-def test_the_best_trivial_strategy_is_held_against_the_student():
+def test_the_best_trivial_strategy_is_held_against_both():
     (row,) = by_title(made())["Tasks"].tables[0].rows
-    assert row == ["needle", "90.0% ± 3.0", "75.0% ± 5.0", "20.0% the first", "yes", "80"]
+    assert row == ["needle", "90.0% ± 3.0", "75.0% ± 5.0", "20.0% the first", "both", "80"]
     report = made()
     report["tasks"]["needle"]["accuracy"] = 0.29  # less than two standard errors above 0.2
-    assert by_title(report)["Tasks"].tables[0].rows[0][4] == "no"
-    assert "needle: says A: student 25.0%." in by_title(report)["Tasks"].prose
-    assert "Not run: task copying: too long." in by_title(report)["Tasks"].prose
+    found = by_title(report)
+    assert found["Tasks"].tables[0].rows[0][4] == "teacher"
+    report["tasks"]["needle"]["teacher"]["accuracy"] = 0.25
+    assert by_title(report)["Tasks"].tables[0].rows[0][4] == "none"
+
+
+def test_a_ratio_to_a_teacher_that_only_guesses_is_not_told():
+    report = made()
+    report["tasks"]["needle"]["teacher"]["accuracy"] = 0.25
+    rows = {row[0]: row[1:] for row in by_title(report)["In short"].tables[0].rows}
+    assert rows["needle"] == ["25.0%", "75.0%", ""]
+
+
+def test_further_figures_and_reasons_are_told():
+    prose = by_title(made())["Tasks"].prose
+    assert "needle: says A: student 25.0%." in prose
+    assert "Not run: task copying: too long." in prose
+
+
+def test_a_task_folds_its_levels_and_what_each_model_said():
+    (part,) = by_title(made())["Tasks"].folded
+    assert part.tables[0].rows == [["64", "100.0% ± 0.0", "100.0% ± 0.0"], ["128", "50.0% ± 8.0", "50.0% ± 8.0"]]
+    assert part.samples == [{"prompt": "a <u> b", "answer": "c", "said, teacher": "c", "said, student": "d"}]
 
 
 def test_why_tasks_were_skipped_is_told_where_none_could_be_run():

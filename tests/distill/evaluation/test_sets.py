@@ -170,7 +170,7 @@ def test_a_cloze_is_right_where_the_model_says_it_itself(teacher, tmp_path):
     rows = [*LAMBADA, {"context": "It was", "continuation": "the"}]
     result = read_set(write(tmp_path / "lambada.jsonl", rows)).run(always(" the", teacher))[0]
     assert result.accuracy == 0.25
-    assert [sample["right"] for sample in result.samples] == [False, False, False]
+    assert [sample["correct"] for sample in result.samples] == [False, False, False]
     assert result.floors["the commonest answer"] == 0.25
     # `park` is one of the 7 words before it; no other answer stands in its context
     assert result.floors["a random word of the context"] == pytest.approx(1 / 7 / 4)
