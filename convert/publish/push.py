@@ -80,7 +80,6 @@ def push(
     api = HfApi(token=token, library_name="deltanet")
     url = f"{api.endpoint}/{repository}"
     _ready(api, repository, public, revision, pr)
-    say(f"sends {sum(item.size for item in content.values()) / 1e6:,.1f} MB in {len(content)} files to {url}")
     with _bars():
         commit, link = patiently(
             lambda: _commit(api, repository, content, revision, pr, message or "Add a deltanet student"),
@@ -211,6 +210,7 @@ def _commit(
     if not stale and all(item.is_there(remote.get(name)) for name, item in content.items()):
         say("everything is there already; no commit is made")
         return head, None
+    say(f"sends {sum(item.size for item in content.values()) / 1e6:,.1f} MB in {len(content)} files to {repository}")
     add = [CommitOperationAdd(name, item.data) for name, item in content.items()]
     made = api.create_commit(
         repository,

@@ -1,6 +1,7 @@
 """Damage of every kind to a folder that was whole: all of it is found by `--verify`. safetensors alone finds little.
 
-The counts in docs/results/corruption.md are those of `python tests/convert/publish/test_corruption.py`.
+The counts in docs/results/corruption.md are those of `python tests/convert/publish/test_corruption.py FLIPS [FOLDER]`,
+which harms a copy.
 """
 
 import itertools
@@ -204,8 +205,11 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as name:
-        made = make_student(Path(name) / "student", make_source(Path(name) / "source"))
-        total = flips(made, int(sys.argv[1]) if len(sys.argv) > 1 else 1000) + cuts(made) + whole_files(made)
+        if len(sys.argv) > 2:
+            made = Path(shutil.copytree(sys.argv[2], Path(name) / "student"))
+        else:
+            made = make_student(Path(name) / "student", make_source(Path(name) / "source"))
+        total = flips(made, int(sys.argv[1])) + cuts(made) + whole_files(made)
         print(f"{len(files_of(made))} files, {sum(map(len, files_of(made).values())):,} bytes")
         for kind, count in sorted(total.items()):
             print(f"{kind}: {count:,}")
