@@ -5,6 +5,7 @@ Twin: tests/distill/evaluation/test_plots.py.
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 
 COLOURS = {"teacher": "#8a5a00", "student": "#1f5fbf"}
@@ -120,8 +121,9 @@ def _levels(name: str, task: dict) -> str:
             trivial, [x - 0.45 for x in range(len(levels))], [x + 0.45 for x in range(len(levels))],
             color="#555", linestyle="--", linewidth=1, label="best trivial strategy",
         )  # fmt: skip
-        long = max(map(len, levels)) * len(levels) > 60
-        axis.set_xticks(range(len(levels)), levels, rotation=30 if long else 0, ha="right" if long else "center")
+        width = max(48 // len(levels), 4)
+        labels = [textwrap.fill(level, width, break_long_words=False) for level in levels]
+        axis.set_xticks(range(len(levels)), labels, fontsize=8)
         axis.set(ylim=(0, 1.02), ylabel="share right", title=name)
         axis.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
