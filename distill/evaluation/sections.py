@@ -231,7 +231,8 @@ def _speed(report: dict) -> Section:
     speed = report["speed"]
     threads = ""
     if speed["device"] == "cpu":
-        threads = f", {speed['threads']} threads (load before: {speed['load']:.1f} on {speed['cores']} cores)"
+        many = "thread" if speed["threads"] == 1 else "threads"
+        threads = f", {speed['threads']} {many} (load before: {speed['load']:.1f} on {speed['cores']} cores)"
     backends = "; ".join(f"{who}: {name}" for who, name in speed["backend"].items())
     prose = [
         f"Batch 1 on {speed['device']}{threads}, {report['dtype']}; medians after a warm-up. A context is a prompt and "
