@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--measure", required=True, metavar="TEXT", help="a file that nothing is fitted on")
     parser.add_argument("--keep", nargs="+", type=int, default=[2, 4], help="numbers of layers that keep attention")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="further choices, as for --hybrid")
     parser.add_argument("--tokens", type=int, default=8192, help="that maps and mixers are fitted on")
     parser.add_argument("--scored", type=int, default=4096, help="tokens set aside, from which the scores come")
     parser.add_argument("--windows", type=int, default=8, help="windows of up to 1024 tokens measured")
@@ -77,6 +78,8 @@ def main() -> None:
     for keep in arguments.keep:
         for layout in (f"every:{len(types) // keep}", *(["global2"] if keep == 2 else [])):
             layouts.setdefault(_kept(layout, teacher), []).append(layout)
+    for layout in arguments.layouts:
+        layouts.setdefault(_kept(layout, teacher), []).append("given")
     reference = final_states(teacher, measured)
     recalled = recall(None, teacher, measured, tokens=RECALL_TOKENS, seed=arguments.seed)["repeat"]["student"]
     print(f"\n{measured.numel():,} tokens; the teacher recalls {recalled:.3f}\n")
