@@ -223,7 +223,7 @@ def backend(subject: Subject, context: int) -> str:
     parts = []
     if subject.is_student:
         heads, kv_heads, size = config.num_attention_heads, config.num_state_heads, config.head_dim
-        for what, tokens in (("prefill", context), ("decoding", 1)):
+        for what, tokens in (("prefill", min(context, 1024)), ("decoding", 1)):
             q, k = (
                 torch.empty(1, tokens, count, size, device=subject.device, dtype=subject.dtype)
                 for count in (heads, kv_heads)
