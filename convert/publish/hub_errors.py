@@ -4,6 +4,7 @@ No message holds a token: none is ever asked for one, and URLs, which may be sig
 Twin: tests/convert/publish/test_push_faults.py.
 """
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -81,8 +82,7 @@ def explained(error: Exception, repository: str) -> DeltanetError:
         return UserError(f"{repository}: the Hub refuses it ({status}): {_server_words(error)}")
     if may_pass(error):
         return DeltanetError(f"{repository}: {reason(error)}{RERUN}")
-    text = str(error).strip().splitlines()
-    return DeltanetError(f"{repository}: {type(error).__name__}: {text[0] if text else 'no message'}")
+    return DeltanetError(f"{repository}: {type(error).__name__}: {_shown(error)}")
 
 
 def reason(error: Exception) -> str:
@@ -96,7 +96,7 @@ def reason(error: Exception) -> str:
         return f"the Hub failed ({status})"
     if _is(error, "TimeoutException"):
         return "the Hub did not answer in time"
-    return f"the connection to the Hub broke ({type(error).__name__})"
+    return f"the connection to the Hub broke ({type(error).__name__}: {_shown(error)})"
 
 
 def _delay(error: Exception, attempt: int) -> float | None:
@@ -109,6 +109,12 @@ def _delay(error: Exception, attempt: int) -> float | None:
     if status in (408, 500, 502, 504) or is_broken or _is(error, "JSONDecodeError"):
         return WAIT * 2**attempt
     return None
+
+
+def _shown(error: Exception) -> str:
+    """The first line of an error's own text; of a URL the part that may be a signature is left out."""
+    text = str(error).strip().splitlines()
+    return re.sub(r"\?\S+", "", text[0])[:200] if text else "no message"
 
 
 def _root(error: Exception) -> Exception:

@@ -100,7 +100,7 @@ FOR_GOOD = {
     ),
     "500": (Fault(500), 1, r"the Hub failed \(500\); run the same command again"),
     "503": (Fault(503, body="<html>busy</html>"), 1, r"the Hub failed \(503\); run the same command again"),
-    "broken": (Fault(broken="before"), 1, r"the connection to the Hub broke \(\w+\); run the same command again"),
+    "broken": (Fault(broken="before"), 1, r"the connection to the Hub broke \(\w+: .+\); run the same command again"),
     "silent": (Fault(silent=True), 1, r"the Hub did not answer in time; run the same command again"),
 }
 # What ends otherwise: an absent repository is made, one that is there is used, and the list is asked twice.
