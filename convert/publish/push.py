@@ -7,9 +7,11 @@ ours. Requests are made by huggingface_hub; the token comes from its login or HF
 Twins: tests/convert/publish/test_push.py, test_push_faults.py.
 """
 
+import contextlib
 import hashlib
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -246,18 +248,15 @@ def _limit_silence() -> None:
     set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=SILENCE))
 
 
-class _bars:
-    """The Hub library's progress bars, where a person watches; otherwise none."""
+@contextlib.contextmanager
+def _bars() -> Iterator[None]:
+    """The Hub library's progress bars, where a person watches and has not switched them off; otherwise none."""
+    from huggingface_hub import constants, utils
 
-    def __enter__(self) -> None:
-        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-
-        self.silenced = not sys.stderr.isatty() and not are_progress_bars_disabled()
-        if self.silenced:
-            disable_progress_bars()
-
-    def __exit__(self, *_) -> None:
-        from huggingface_hub.utils import enable_progress_bars
-
-        if self.silenced:
-            enable_progress_bars()
+    before = utils.are_progress_bars_disabled()
+    wanted = sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is not True
+    (utils.enable_progress_bars if wanted else utils.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (utils.disable_progress_bars if before else utils.enable_progress_bars)()

@@ -244,3 +244,15 @@ def test_a_folder_from_the_cache_of_the_hub_has_links_and_is_refused_by_name(stu
     with pytest.raises(UserError, match="a link; only plain files are sent"):
         push(snapshot_download(NAME), "tester/llama-copy")
     shutil.rmtree(student)
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_progress_bars_are_there_for_people_only(student, hub, monkeypatch, is_watched):
+    """Whatever loading the model for its verification has done to them before."""
+    from huggingface_hub import utils
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_watched, raising=False)
+    seen = set()
+    hub.fault = lambda request: seen.add(utils.are_progress_bars_disabled()) if request.method == "PUT" else None
+    push(student, NAME)
+    assert seen == {not is_watched}
