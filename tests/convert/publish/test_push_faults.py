@@ -29,9 +29,9 @@ ONCE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Silence counts as a lost request after half a second, which an answer on loopback never needs."""
+def lose_patience(monkeypatch) -> None:
+    """Half a second of silence counts as a lost request. On a busy machine that may also be a late answer, after which
+    a file is rightly sent again; so only tests of silence do it, and they do not count what is sent again."""
     monkeypatch.setattr(module, "SILENCE", 0.5)
 
 
@@ -49,6 +49,8 @@ def is_counted(path: str) -> bool:
 def test_a_fault_at_any_one_request_loses_nothing_and_commits_once(student, hub, kind, monkeypatch):
     """Request after request fails in turn, each on a repository of its own, until one push has none left to fail."""
     monkeypatch.setattr(module, "verify", lambda folder: Verified(folder))  # its own tests are elsewhere
+    if kind == "silent":
+        lose_patience(monkeypatch)
     for victim in range(100):
         hub.repositories.clear(), hub.blobs.clear(), hub.acknowledged.clear(), hub.sent_again.clear()
         seen, failed = [], []
@@ -66,7 +68,7 @@ def test_a_fault_at_any_one_request_loses_nothing_and_commits_once(student, hub,
         push(student, NAME)
         assert arrived(hub, student), (kind, failed)
         assert [message for _, message in hub.repositories[NAME].log] == ["first", "Add a deltanet student"], failed
-        assert not hub.sent_again, failed
+        assert kind == "silent" or not hub.sent_again, failed
         if not failed:
             break
     assert 12 <= victim < 40
@@ -111,6 +113,8 @@ EXCEPT = {("looking", "404"), ("creating", "409")}
 def test_a_fault_for_good_is_one_clear_line_and_the_next_run_ends_well(student, hub, what, capsys, monkeypatch):
     monkeypatch.setattr(module, "verify", lambda folder: Verified(folder))
     fault, code, says = FOR_GOOD[what]
+    if what == "silent":
+        lose_patience(monkeypatch)
     stages = ("looking", "committing") if what == "silent" else STAGES  # each costs the time of all its tries
     for stage in stages:
         if (stage, what) in EXCEPT:
@@ -127,7 +131,7 @@ def test_a_fault_for_good_is_one_clear_line_and_the_next_run_ends_well(student, 
         assert cli.push_main([str(student), NAME]) == 0, stage
         assert arrived(hub, student)
         assert len(hub.repositories[NAME].log) == 2
-        assert not hub.sent_again
+        assert what == "silent" or not hub.sent_again
         capsys.readouterr()
 
 
