@@ -3,6 +3,7 @@
 Twin: tests/distill/test_dry_run.py.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,19 @@ def run(arguments) -> None:
         with tempfile.TemporaryDirectory(prefix="deltanet-plan-") as folder:
             print(describe(load_recipe(arguments.recipe, arguments.overrides), Path(folder)))
     else:
-        from .run import distil
+        _distil(arguments)
 
+
+def _distil(arguments) -> None:
+    """Of several processes one tells what went wrong; the others end with its exit code and without a word."""
+    from .run import distil
+    from .world import leave_world
+
+    try:
         distil(arguments.recipe, arguments.overrides, output=arguments.output, resume=arguments.resume)
+    except Exception as error:
+        if getattr(error, "is_echo", os.environ.get("RANK", "0") != "0"):
+            raise SystemExit(getattr(error, "exit_code", 1)) from None
+        raise
+    finally:
+        leave_world()

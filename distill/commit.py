@@ -75,9 +75,10 @@ def write_commit(
 ) -> Commit:
     """Makes the commit of `step`: every rank's `save(folder)` writes its files, rank 0 seals the folder.
 
-    `info` is JSON and comes back with the commit. All ranks commit or none: if one cannot save, or the disk is full,
-    all raise DeltanetError, the staging folder goes, and earlier commits are untouched. Afterwards the newest `keep`
-    (at least two) stay.
+    `info` is JSON and comes back with the commit. All ranks commit or none: if one cannot write (its `save` raises
+    OSError or DeltanetError, when no other rank waits for it any more), all raise DeltanetError, the staging folder
+    goes, and earlier commits are untouched. Another error of `save` leaves at once, on its rank alone. Afterwards the
+    newest `keep` (at least two) stay.
     """
     ranks = ranks or Alone()
     name = f"step-{step:08d}"
@@ -94,8 +95,12 @@ def write_commit(
     if problem is None:
         try:
             save(staging)
-        except Exception as error:
+        except (OSError, DeltanetError) as error:
             problem = _why(error)
+        except BaseException:
+            if ranks.is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
         problem = _first(ranks.gather(problem))
     if problem is None and ranks.is_main:
         try:
@@ -300,7 +305,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _first(problems: list[str | None]) -> str | None:

@@ -18,10 +18,10 @@ from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.errors import UserError
 
 from .convert_step import config_after
-from .engine import World
 from .prepare import StagePlan, check_tokenizer, plan_stages, prepare
 from .schema import Recipe
 from .trainable import parameter_groups, trained_names
+from .world import World
 
 
 def describe(recipe: Recipe, cache: Path) -> str:

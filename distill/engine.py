@@ -7,96 +7,17 @@ the number of processes, and comes back bit for bit. The loop that drives it is 
 
 import contextlib
 import io
-import logging
-import os
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 from torch import nn
 
 from deltanet.errors import UserError
 
+from .world import World, quiet_deepspeed
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all of them."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over all ranks, in float64; every rank gets the result."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            torch.distributed.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value):
-        """The picklable `value` of every rank, in rank order, on every rank."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
-        return values
-
-    def broadcast(self, value):
-        """Rank 0's picklable `value`, on every rank."""
-        if self.size == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            torch.distributed.barrier()
-
-
-def start_world(timeout_minutes: float = 240.0) -> World:
-    """Joins the processes a launcher (torchrun, deepspeed) has started, or starts alone where none has.
-
-    The timeout is long since rank 0 converts and tokenises while the others wait. CUDA with nccl where there is a
-    device, else the CPU with gloo. On a CPU DeepSpeed would compile a shared-memory
-    collective at the first start (39 s, needs g++); it is switched off, gloo does the same.
-    """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
-    has_cuda = torch.cuda.is_available()
-    if not has_cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed = _deepspeed()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if has_cuda:
-        torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed(
-        "nccl" if has_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False
-    )
-    device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
-
-
-def _deepspeed():
-    """DeepSpeed, imported at first use, quiet, and kept from compiling anything."""
-    import deepspeed
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    return deepspeed
 
 
 @dataclass(frozen=True)
@@ -185,7 +106,7 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, groups: list[dict], settings: EngineSettings, world: World):
-        deepspeed = _deepspeed()
+        deepspeed = quiet_deepspeed()
         self.settings, self.world, self.module = settings, world, module
         self.names = {name: p for name, p in module.named_parameters() if p.requires_grad}
         # A frozen tensor that bfloat16 would round is remembered as it came, so that it is saved as it came.
@@ -284,7 +205,7 @@ class Engine:
         if name in self.frozen:
             return self.frozen[name]
         if self.settings.zero_stage == 3:
-            with _deepspeed().zero.GatheredParameters([parameter]):
+            with quiet_deepspeed().zero.GatheredParameters([parameter]):
                 return parameter.detach().clone()
         return parameter.detach()
 

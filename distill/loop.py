@@ -15,12 +15,13 @@ import torch
 from deltanet.errors import DeltanetError, Interrupted, UserError
 
 from .batch import make_batch, num_real
-from .engine import Engine, World
+from .engine import Engine
 from .interrupts import Interrupts
 from .metrics import MetricsLog, Progress
 from .order import hashed
 from .packing import Sequence
 from .schedules import Schedule
+from .world import World
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from convert.command import load_tokenizer
 from deltanet.errors import UserError
 
 from .data import Corpus, Part, Report, chosen, split, whole
-from .engine import World
 from .onpolicy import prompt_corpus
 from .packing import Sequence
 from .recipe import stage_sources
@@ -21,6 +20,7 @@ from .schedules import Schedule
 from .schema import Recipe, Source, Stage
 from .teacher_text import planned
 from .token_cache import Tokens, check_same_tokenizer, tokenise
+from .world import World, once
 
 HELD_OUT_KEY = 1 << 20  # apart from the stages' own keys, which are their numbers
 
@@ -111,20 +111,6 @@ def prepare(
         held_out = [chosen(whole(read(source))) for source in recipe.evaluation.sources]
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return Prepared(train, [part for part in held_out if part.num_tokens], pad_id)
-
-
-def once(world: World, call):
-    """Rank 0's result of `call`, on every rank; its error is raised on every rank too, so that none waits."""
-    result, error = None, None
-    if world.is_main:
-        try:
-            result = call()
-        except Exception as problem:
-            error = problem
-    result, error = world.broadcast((result, error))
-    if error is not None:
-        raise error
-    return result
 
 
 def plan_stages(recipe: Recipe, prepared: Prepared) -> list[StagePlan]:

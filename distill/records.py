@@ -16,12 +16,12 @@ import torch
 
 from deltanet.errors import UserError
 
-from .engine import World
 from .prepare import Prepared, StagePlan
 from .recipe import changes, load_recipe, show
 from .redact import mask
 from .schema import Recipe
 from .token_cache import file_digest
+from .world import World
 
 PACKAGES = ("deltanet", "torch", "triton", "transformers", "deepspeed", "peft", "safetensors", "datasets", "numpy")
 RECIPE = "recipe.yaml"

@@ -36,7 +36,7 @@ from deltanet.errors import Interrupted, UserError
 from . import lora
 from .commit import Commit, drop_newer, locked, newest_commit, verify, write_commit
 from .convert_step import Untrained, config_after, convert_more, windows
-from .engine import Engine, EngineSettings, World, start_world
+from .engine import Engine, EngineSettings
 from .evaluate import compare, mean_parts
 from .evaluation.at_end import evaluate_export
 from .evaluation.evaluate import check_contexts
@@ -47,7 +47,7 @@ from .loop import Job, Rim, positions_of, train
 from .metrics import MetricsLog, Pulse, read_metrics, trackers
 from .onpolicy import Completions
 from .preferences import keep_reference
-from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, once, plan_stages, prepare
+from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
 from .recipe import load_recipe, show
 from .records import check_recipe_unchanged, write_records
 from .report import sample, write_report
@@ -56,6 +56,7 @@ from .stages import PREFIX, Align, Dpo, Whole, needs_teacher, share_frozen
 from .state import STUDENT, Marks, load_adapters, load_moments, write_state
 from .teacher_text import written_source
 from .trainable import parameter_groups, trained_names
+from .world import World, ending_together, once, start_world
 
 
 def distil(
@@ -73,11 +74,13 @@ def distil(
     transformers.utils.logging.disable_progress_bar()
     recipe = load_recipe(path, overrides)
     folder = Path(output) if output is not None else Path("runs") / Path(path).stem
-    with Interrupts() as interrupts, open_source(recipe.teacher.model, recipe.teacher.revision) as source:
+    with contextlib.ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
         world = start_world()
-        with locked(folder) if world.is_main else contextlib.nullcontext():
-            run = _Run(recipe, folder, source.folder, world, interrupts)
-            return run.everything(resume)
+        stack.enter_context(ending_together(world))
+        source = stack.enter_context(open_source(recipe.teacher.model, recipe.teacher.revision))
+        once(world, lambda: stack.enter_context(locked(folder)))
+        return _Run(recipe, folder, source.folder, world, interrupts).everything(resume)
 
 
 class _Run:

@@ -18,8 +18,9 @@ from deltanet import DeltaNetForCausalLM
 from deltanet.errors import DeltanetError
 
 from . import lora
-from .engine import MOMENTS, Engine, World
+from .engine import MOMENTS, Engine
 from .stages import PREFIX
+from .world import World
 
 SHARD_BYTES = 1 << 30
 STUDENT, ADAPTER = "student", "adapter"
@@ -38,15 +39,15 @@ class Marks:
 
 
 class _Shards:
-    """Collects tensors and writes a file whenever there is enough for one. A failure waits in `problem`: the other
-    ranks are gathering, and a rank that left now would leave them waiting."""
+    """Collects tensors and writes a file whenever there is enough for one. A failure to write waits in `problem`: the
+    other ranks are gathering, and a rank that left now would leave them waiting."""
 
     def __init__(self, folder: Path, stem: str):
         self.folder, self.stem = folder, stem
         self.pending: dict[str, torch.Tensor] = {}
         self.files: dict[str, str] = {}
         self.bytes = self.total = 0
-        self.problem: Exception | None = None
+        self.problem: DeltanetError | None = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         tensor = tensor.detach().to("cpu", copy=True).contiguous()
@@ -60,9 +61,11 @@ class _Shards:
         if self.pending:
             file = f"{self.stem}-{len(set(self.files.values())) + 1:05}.safetensors"
             try:
+                self.folder.mkdir(exist_ok=True)
                 save_file(self.pending, self.folder / file, metadata={"format": "pt"})
             except (OSError, SafetensorError) as error:
-                self.problem = self.problem or error
+                why = getattr(error, "strerror", None) or str(error)
+                self.problem = self.problem or DeltanetError(f"{self.folder.name}/{file}: {why}")
             self.files |= dict.fromkeys(self.pending, file)
             self.pending, self.bytes = {}, 0
 
@@ -81,9 +84,6 @@ def write_state(
 
     adapter_scale: of a stage with low-rank adapters; they are merged into the student where `is_last`, else kept apart.
     """
-    if world.is_main:
-        (folder / STUDENT).mkdir()
-    world.barrier()
     weights = _Shards(folder / STUDENT, f"model-rank{world.rank:03}")
     moments = _Shards(folder, f"optimizer-rank{world.rank:03}")
     tensors = _student_tensors(engine, student)
@@ -100,15 +100,16 @@ def write_state(
             moments.add(f"{key}.{name.removeprefix(PREFIX)}", tensor)
     moments.flush()
     parts = world.gather((weights.files, weights.total))
+    if problem := weights.problem or moments.problem:
+        raise problem
     if world.is_main:
         index = {"metadata": {"total_size": sum(total for _, total in parts)}, "weight_map": {}}
         for files, _ in parts:
             index["weight_map"] |= files
+        (folder / STUDENT).mkdir(exist_ok=True)
         (folder / STUDENT / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         config = student.config.to_dict() | {"dtype": "float32"}
         (folder / STUDENT / "config.json").write_text(json.dumps(config, indent=2))
-    if problem := weights.problem or moments.problem:
-        raise problem
 
 
 def load_moments(folder: Path, engine: Engine, updates: int) -> None:

@@ -119,7 +119,8 @@ def work(rank: int, size: int, port: int, trials: list[tuple[int, str]], folder:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     os.environ.update(zip(names, map(str, (rank, rank, size, "127.0.0.1", port))))
     torch.set_num_threads(1)
-    from distill.engine import EngineSettings, start_world
+    from distill.engine import EngineSettings
+    from distill.world import start_world
 
     world = start_world()
     results = {

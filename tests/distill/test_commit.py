@@ -209,7 +209,7 @@ def test_a_writer_that_raises_leaves_no_trace(tmp_path):
         saver(2)(folder)
         raise RuntimeError("no tensor")
 
-    with pytest.raises(DeltanetError, match="not committed: RuntimeError: no tensor"):
+    with pytest.raises(RuntimeError, match="no tensor"):
         write_commit(tmp_path, 2, save)
     assert [folder.name for folder in tmp_path.iterdir()] == ["step-00000001"]
 
