@@ -69,7 +69,8 @@ def convert_parser() -> argparse.ArgumentParser:
         "  deltanet-convert ./my-model --hybrid every:4 --calibrate text.jsonl -o student\n"
         "  deltanet-convert ./my-model --rank swap --calibrate text.jsonl -o ranking.json\n"
         "  deltanet-convert ./my-model --hybrid ranking.json:4 --calibrate text.jsonl -o student\n"
-        "  deltanet-convert student --verify",
+        "  deltanet-convert student --verify\n"
+        "  deltanet-convert student --format remote -o student-remote",
     )
     parser.add_argument("source", help="checkpoint folder, .gguf file, preset, Hub id (owner/name), or demo")
     parser.add_argument(
@@ -127,6 +128,11 @@ def convert_parser() -> argparse.ArgumentParser:
         "--verify",
         action="store_true",
         help="convert nothing; check that the folder SOURCE is whole: digests, tensors, tokenizer, loading",
+    )
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help="convert nothing; write the student SOURCE to OUT in a form for others: remote (with its own code)",
     )
     parser.add_argument("--device", default="auto", help="of the calibration: auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")

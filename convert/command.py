@@ -156,20 +156,27 @@ def mixer_options(mixer: str, state_heads: str, skip_conv: int, conv: int, gate:
 
 def run(arguments) -> None:
     """The command line: converts, then prints the plan or a summary, or with --json the report as one object; or
-    ranks layers, or verifies."""
-    options = {key: value for key, value in vars(arguments).items() if key not in ("debug", "json", "verify", "rank")}
+    ranks layers, verifies, or writes a student in another format."""
+    others = ("debug", "json", "verify", "rank", "format")
+    options = {key: value for key, value in vars(arguments).items() if key not in others}
     if arguments.verify:
-        if arguments.rank is not None:
-            raise UserError(f"--rank {arguments.rank}: --verify only checks a folder")
+        for other in ("rank", "format"):
+            if getattr(arguments, other) is not None:
+                raise UserError(f"--{other} {getattr(arguments, other)}: --verify only checks a folder")
         _verify(options, arguments.json)
         return
     if arguments.rank is not None:
+        if arguments.format is not None:
+            raise UserError(f"--format {arguments.format}: --rank writes no student")
         from .ranking.command import run as run_ranking
 
         run_ranking(arguments.rank, options, arguments.json)
         return
     if arguments.output is None:
         raise UserError("-o OUT: missing; it names the student's folder, which must not exist")
+    if arguments.format is not None:
+        _write_format(arguments.format, options, arguments.json)
+        return
     report = convert(**options)
     if arguments.json:
         print(json.dumps(report))
@@ -182,16 +189,28 @@ def run(arguments) -> None:
 def _verify(options: dict, as_json: bool) -> None:
     from .publish.verify import verify
 
-    for key, default in {"output": None, **defaults_of(convert)}.items():
-        if list_of(options[key]) != list_of(default):
-            option = "-o" if key == "output" else "--" + key.replace("_", "-")
-            raise UserError(f"{option}: --verify only checks the folder {options['source']} and takes no other option")
+    _refuse_others(options, (), f"--verify only checks the folder {options['source']} and takes no other option")
     found = verify(options["source"])
     if as_json:
         print(json.dumps(asdict(found) | {"folder": str(found.folder)}))
     found.refuse()
     if not as_json:
         print(found.describe())
+
+
+def _write_format(name: str, options: dict, as_json: bool) -> None:
+    from .formats import write_format
+
+    _refuse_others(options, ("output", "overwrite"), f"--format {name} only writes the student again, as it is")
+    output = str(write_format(options["source"], options["output"], name, overwrite=options["overwrite"]))
+    print(json.dumps({"format": name, "output": output}) if as_json else f"{name:<8} {output}")
+
+
+def _refuse_others(options: dict, allowed: tuple[str, ...], why: str) -> None:
+    """Raises UserError for the first option, not among those allowed, that is not at its default."""
+    for key, default in {"output": None, **defaults_of(convert)}.items():
+        if key not in allowed and list_of(options[key]) != list_of(default):
+            raise UserError(f"{'-o' if key == 'output' else '--' + key.replace('_', '-')}: {why}")
 
 
 def defaults_of(function: Callable) -> dict[str, object]:

@@ -1,0 +1,72 @@
+"""`deltanet-convert STUDENT --format NAME`: what is written, what is refused, and that nothing half-made stays."""
+
+import json
+
+import pytest
+from published import files_of
+from tiny import make_teacher
+from tiny_student import tiny_model
+
+import cli
+from convert import convert
+from convert.publish.verify import verify
+from deltanet import load_student
+
+
+@pytest.fixture
+def student(tmp_path):
+    tiny_model("global").save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+def run(*arguments) -> int:
+    return cli.convert_main([str(argument) for argument in arguments])
+
+
+def test_the_command_writes_a_folder_that_the_package_loads_too(student, tmp_path, capsys):
+    assert run(student, "--format", "remote", "-o", tmp_path / "out", "--json") == 0
+    printed = capsys.readouterr().out.strip().splitlines()[-1]
+    assert json.loads(printed) == {"format": "remote", "output": str(tmp_path / "out")}
+    load_student(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
+
+
+def test_what_is_written_verifies(tmp_path):
+    from published import make_source
+
+    convert(make_source(tmp_path / "teacher"), tmp_path / "student", hybrid="layers:1", calibrate=["none"])
+    assert run(tmp_path / "student", "--format", "remote", "-o", tmp_path / "out") == 0
+    assert verify(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "remot"], "did you mean 'remote'?"),
+        (["--format", "remote", "--conv", "4"], "--conv: --format remote only writes the student again"),
+        (["--format", "remote", "--calibrate", "none"], "--calibrate: --format remote only writes"),
+        (["--format", "remote", "--rank", "swap"], "--format remote: --rank writes no student"),
+        (["--format", "remote", "--verify"], "--format remote: --verify only checks a folder"),
+    ],
+)
+def test_wrong_options_are_refused_and_nothing_is_written(student, tmp_path, capsys, options, message):
+    assert run(student, "-o", tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"student"}
+
+
+def test_a_teacher_is_refused(tmp_path, capsys):
+    make_teacher(tmp_path / "teacher")
+    assert run(tmp_path / "teacher", "--format", "remote", "-o", tmp_path / "out") == 2
+    assert "this is 'llama'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_stays_unless_it_may_be_replaced(student, tmp_path, capsys):
+    tiny_model("swa").save_pretrained(tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    assert run(student, "--format", "remote", "-o", tmp_path / "out") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == before
+    assert run(student, "--format", "remote", "-o", tmp_path / "out", "--overwrite") == 0
+    assert load_student(tmp_path / "out").config.layer_types == load_student(student).config.layer_types
