@@ -8,10 +8,14 @@ import json
 import shutil
 from pathlib import Path
 
+from transformers.utils import logging
+
 from deltanet import DeltaNetConfig, load_student
 from deltanet.errors import UserError, nearest
 
 from ..families import read_config
+from ..links import leaves
+from ..publish.files import is_published
 from ..publish.manifest import MANIFEST, files_in, seal
 from ..staging import Staging, check_target
 from .remote_code import AUTO_MAP, remote_code
@@ -22,7 +26,8 @@ FORMATS = ("remote",)
 def write_format(student: str | Path, output: str | Path, name: str, *, overwrite: bool = False) -> Path:
     """Writes the folder `student` to the folder `output` in the format `name` and returns `output`.
 
-    remote: the same weights, and the code that loads them beside them. Raises UserError for a name that does not
+    remote: the same weights, and the code that loads them beside them. Of the rest, what a push would send is copied,
+    and no code that stood in `student`. Raises UserError for a name that does not
     exist, a folder that is no whole student, an `output` that may not be written, and a full disk; then nothing is
     left at `output`.
     """
@@ -36,11 +41,14 @@ def write_format(student: str | Path, output: str | Path, name: str, *, overwrit
             f"this is {raw.get('model_type')!r}"
         )
     check_target(output, overwrite, student)
+    logging.disable_progress_bar()
     load_student(student)
     try:
         with Staging(output, overwrite) as staging:
             for file, path in files_in(student):
-                if file != MANIFEST:
+                if file != MANIFEST and not file.endswith(".py") and is_published(file, student):
+                    if leaves(student, path):
+                        raise UserError(f"{path}: a link to {path.resolve()}, outside the student's folder")
                     target = staging.folder / file
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)

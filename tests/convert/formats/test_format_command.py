@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from published import files_of
+from published import files_of, make_source
 from tiny import make_teacher
 from tiny_student import tiny_model
 
@@ -32,8 +32,6 @@ def test_the_command_writes_a_folder_that_the_package_loads_too(student, tmp_pat
 
 
 def test_what_is_written_verifies(tmp_path):
-    from published import make_source
-
     convert(make_source(tmp_path / "teacher"), tmp_path / "student", hybrid="layers:1", calibrate=["none"])
     assert run(tmp_path / "student", "--format", "remote", "-o", tmp_path / "out") == 0
     assert verify(tmp_path / "out").problems == []
@@ -70,3 +68,21 @@ def test_an_existing_folder_stays_unless_it_may_be_replaced(student, tmp_path, c
     assert files_of(tmp_path / "out") == before
     assert run(student, "--format", "remote", "-o", tmp_path / "out", "--overwrite") == 0
     assert load_student(tmp_path / "out").config.layer_types == load_student(student).config.layer_types
+
+
+def test_a_link_out_of_the_student_is_refused(student, tmp_path, capsys):
+    (tmp_path / "private").write_text("a secret")
+    (student / "LICENSE").symlink_to(tmp_path / "private")
+    assert run(student, "--format", "remote", "-o", tmp_path / "out") == 2
+    assert "LICENSE: a link to" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"student", "private"}
+
+
+def test_code_and_strangers_in_the_student_are_not_carried_along(student, tmp_path):
+    (student / "deltanet_extra.py").write_text("raise SystemExit")
+    (student / "notes.md").write_text("mine")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "deltanet_extra.Other"}}))
+    assert run(student, "--format", "remote", "-o", tmp_path / "out") == 0
+    assert not {"deltanet_extra.py", "notes.md"} & set(files_of(tmp_path / "out"))
+    assert "deltanet_extra" not in (tmp_path / "out" / "config.json").read_text()
