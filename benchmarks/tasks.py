@@ -52,6 +52,7 @@ def build(mixer: str, args: argparse.Namespace, vocab_size: int) -> DeltaNetForC
         num_hidden_layers=args.layers, num_attention_heads=args.heads, max_position_embeddings=4096, layer_types=types,
         sliding_window=args.window, rope_layers=[kind != "linear_attention" for kind in types],
         mixer="gated_delta" if mixer in ("gated_delta", "global2") else "delta", conv_kernel=args.conv, eos_token_id=0,
+        initializer_range=args.hidden**-0.5,
     )  # fmt: skip
     torch.manual_seed(args.seed)
     model = DeltaNetForCausalLM(config)

@@ -4,6 +4,7 @@ Memory is counted, not measured: parameters, gradients, float32 masters and two 
 rest and the teacher; activations, buffers and the chunk of logits come on top. Twin: tests/distill/test_dry_run.py.
 """
 
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.errors import UserError
 
 from .convert_step import config_after
+from .new_student import plan_new
 from .prepare import StagePlan, check_tokenizer, plan_stages, prepare
 from .schema import Recipe
 from .trainable import parameter_groups, trained_names
@@ -27,19 +29,26 @@ from .world import World
 def describe(recipe: Recipe, cache: Path) -> str:
     """The plan as text; `cache` takes the tokens. Raises UserError for whatever would stop the run at its start."""
     world = World(0, 1, torch.device("cpu"))
-    with open_source(recipe.teacher.model, recipe.teacher.revision) as source:
-        teacher = teacher_config(source.folder)
-        tokenizer = load_tokenizer(source.folder)
-        if tokenizer is None:
-            raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
-        config = _student(recipe, teacher)
+    with contextlib.ExitStack() as stack:
+        teacher = None
+        if recipe.teacher is None:
+            config, tokenizer = plan_new(recipe.student.new)
+        else:
+            source = stack.enter_context(open_source(recipe.teacher.model, recipe.teacher.revision))
+            teacher = teacher_config(source.folder)
+            tokenizer = load_tokenizer(source.folder)
+            if tokenizer is None:
+                raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
+            config = _student(recipe, teacher)
         if recipe.student.model and Path(recipe.student.model).is_dir():
             check_tokenizer(Path(recipe.student.model), tokenizer)
-        stop = teacher.eos_token_id
+        stop = (teacher or config).eos_token_id
         stop_ids = [stop] if isinstance(stop, int) else stop or []
-        prepared = prepare(recipe, tokenizer, teacher.vocab_size, stop_ids, cache, world)
+        prepared = prepare(recipe, tokenizer, (teacher or config).vocab_size, stop_ids, cache, world)
         plans = plan_stages(recipe, prepared)
-    lines = [f"teacher  {recipe.teacher.model}, {_count(teacher) / 1e6:,.1f} M parameters"]
+    lines = ["teacher  none"]
+    if teacher is not None:
+        lines = [f"teacher  {recipe.teacher.model}, {_count(teacher) / 1e6:,.1f} M parameters"]
     kinds = config.layer_types
     lines.append(
         f"student  {_count(config) / 1e6:,.1f} M parameters, {kinds.count('linear_attention')} of {len(kinds)} layers "
@@ -110,10 +119,10 @@ def _stage_line(plan: StagePlan, config: DeltaNetConfig) -> str:
     )
 
 
-def _memory(recipe: Recipe, stages: list[tuple[StagePlan, DeltaNetConfig]], teacher: DeltaNetConfig) -> str:
+def _memory(recipe: Recipe, stages: list[tuple[StagePlan, DeltaNetConfig]], teacher: DeltaNetConfig | None) -> str:
     """Gigabytes of one process, of 1 and of 8, for the stage that trains most."""
     trained, config = max(((_trained(plan, config), config) for plan, config in stages), key=lambda pair: pair[0])
-    frozen, other = _count(config) - trained, _count(teacher)
+    frozen, other = _count(config) - trained, _count(teacher) if teacher is not None else 0
     low = recipe.training.dtype == "bfloat16"
     lines = [
         f"\nGB a process, counted ({recipe.training.dtype}; activations come on top)",

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from deltanet.errors import UserError, nearest
 
 from .redact import looks_secret, mask, names_a_secret
-from .schema import DEFAULTS_OF, LOSSES_OF, USUAL_NAME, Recipe, Source, Stage, has_key
+from .schema import DEFAULTS_OF, LOSSES_OF, USUAL_NAME, WITHOUT_TEACHER, Recipe, Source, Stage, has_key
 from .yaml_lines import KeyPath, dotted, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
@@ -214,8 +214,10 @@ def _name_sources(section: Any, of_written: str) -> None:
     """Names by file or data set; `of_written` is that of what the teacher writes."""
     sources = section.get("sources") if isinstance(section, dict) else None
     for source in sources if isinstance(sources, list) else []:
+        if isinstance(source, dict) and source.get("task") is not None:
+            source.setdefault("kind", "task")
         if isinstance(source, dict) and source.get("name") is None:
-            place = source.get("path") or source.get("dataset")
+            place = source.get("path") or source.get("dataset") or source.get("task")
             place = place[0] if isinstance(place, list) and place else place
             if isinstance(place, str):
                 source["name"] = Path(place).name.split(".")[0]
@@ -233,14 +235,19 @@ def _with_folder(value: Any) -> Any:
 
 def _check(recipe: Recipe) -> typing.Iterator[tuple[KeyPath, str]]:
     """The rules that join several keys."""
-    if recipe.student.model is None and recipe.student.convert is None:
-        yield ("student",), "say `model:` (a folder) or `convert:` (how to make one)"
+    yield from _check_models(recipe)
     names = [source.name for source in recipe.data.sources]
     for part, sources in (("data", recipe.data.sources), ("evaluation", recipe.evaluation.sources)):
         for index, source in enumerate(sources):
             path = (part, "sources", index)
-            if [source.path, source.dataset, source.from_teacher].count(None) != 2:
-                yield path, "say `path:` (local files) or `dataset:` (of the Hub) or `from_teacher:`, one of them"
+            if [source.path, source.dataset, source.from_teacher, source.task].count(None) != 3:
+                yield (
+                    path,
+                    "say `path:` (local files), `dataset:` (of the Hub), `from_teacher:` or `task:`, one of them",
+                )
+            if source.from_teacher is not None and recipe.teacher is None:
+                yield (*path, "from_teacher"), "there is no teacher to write it"
+            yield from _check_task(source, path)
             if source.from_teacher is not None and source.kind == "preference":
                 yield (*path, "kind"), "the teacher writes texts and chats; `from_teacher:` makes no preferences"
             if source.dataset is None and (source.config or source.revision):
@@ -278,6 +285,57 @@ def _check(recipe: Recipe) -> typing.Iterator[tuple[KeyPath, str]]:
         yield ("deepspeed", "offload_parameters"), "needs deepspeed.stage 3"
     if recipe.deepspeed.offload_optimizer != "none" and recipe.deepspeed.stage == 0:
         yield ("deepspeed", "offload_optimizer"), "needs deepspeed.stage 1, 2 or 3"
+
+
+def _check_models(recipe: Recipe) -> typing.Iterator[tuple[KeyPath, str]]:
+    student = recipe.student
+    if student.model is None and student.convert is None and student.new is None:
+        yield (
+            ("student",),
+            "say `model:` (a folder), `convert:` (how to make one of a teacher) or `new:` (from nothing)",
+        )
+    if student.new is not None and (recipe.teacher is not None or student.convert is not None):
+        other = "convert" if student.convert is not None else "teacher"
+        yield ("student", "new"), f"a student from nothing has no teacher; leave out `{other}:`, or `new:`"
+    if recipe.teacher is not None:
+        return
+    if student.new is None:
+        yield ("teacher",), MISSING
+    for index, stage in enumerate(recipe.stages):
+        if stage.kind in ("align", "convert_step"):
+            yield ("stages", index, "kind"), f"a stage of kind {stage.kind} needs a `teacher:`"
+        for place, loss in enumerate(stage.losses):
+            if stage.kind != "align" and loss.name not in WITHOUT_TEACHER:
+                allowed = ", ".join(name for name in LOSSES_OF[stage.kind] if name in WITHOUT_TEACHER)
+                rest = f"; without one allowed: {allowed}" if allowed else ""
+                yield ("stages", index, "losses", place, "name"), f"{loss.name!r} needs a `teacher:`{rest}"
+
+
+def _check_task(source: Source, path: KeyPath) -> typing.Iterator[tuple[KeyPath, str]]:
+    if source.task is None:
+        for key in ("options", "documents", "seed"):
+            # A recipe that was shown names every key, so a default is no mistake.
+            if getattr(source, key) != Source.model_fields[key].default:
+                yield (*path, key), f"`{key}:` belongs to `task:`"
+        if source.kind == "task":
+            yield (*path, "kind"), "say which `task:`"
+        return
+    from .evaluation.tasks import TASKS
+
+    if source.task not in TASKS:
+        yield (
+            (*path, "task"),
+            f"{source.task!r} is no task{nearest(source.task, list(TASKS))}; tasks: {', '.join(TASKS)}",
+        )
+        return
+    if source.kind != "task":
+        yield (*path, "kind"), f"a task is no {source.kind}; leave `kind:` out"
+    if source.documents is None:
+        yield (*path, "documents"), "say how many examples of the task"
+    try:
+        TASKS[source.task].options(source.options)
+    except UserError as error:
+        yield (*path, "options"), str(error)
 
 
 def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> typing.Iterator[tuple[KeyPath, str]]:

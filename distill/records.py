@@ -42,7 +42,7 @@ def check_recipe_unchanged(folder: Path, recipe: Recipe) -> None:
 def write_records(
     folder: Path,
     recipe: Recipe,
-    teacher: Path,
+    teacher: Path | None,
     student: Path,
     prepared: Prepared,
     plans: list[StagePlan],
@@ -51,7 +51,7 @@ def write_records(
     """Writes recipe.yaml, environment.json and inputs.json. Raises UserError where the inputs of a run that goes on
     are no longer those it was started with."""
     inputs = {
-        "teacher": _digests(teacher),
+        "teacher": {} if teacher is None else _digests(teacher),
         "student": _digests(student),
         "sources": {name: part.tokens.digest for name, part in prepared.train.items()},
         "stages": {plan.stage.name: plan.corpus.digest for plan in plans},

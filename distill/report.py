@@ -10,9 +10,10 @@ import torch
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of `model`, `perplexity`, optionally `kl`, as aligned text; the ratio is to the first row, the teacher."""
-    base = rows[0]["perplexity"]
-    cells = [("", "perplexity", "x teacher", "KL, nats/token")]
+    """Rows of `model`, `perplexity`, optionally `kl`, as aligned text; the ratio is to the first row, which is the
+    teacher where there is one."""
+    base, first = rows[0]["perplexity"], rows[0]["model"]
+    cells = [("", "perplexity", f"x {first}", "KL, nats/token")]
     for row in rows:
         kl = f"{row['kl']:.4f}" if "kl" in row else "-"
         cells.append((row["model"], f"{row['perplexity']:.3f}", f"{row['perplexity'] / base:.3f}", kl))

@@ -41,10 +41,12 @@ from .evaluate import compare, mean_parts
 from .evaluation.at_end import evaluate_export
 from .evaluation.evaluate import check_contexts
 from .evaluation.selection import select
+from .evaluation.subject import Subject
 from .export import add_reports, check_push, export
 from .interrupts import Interrupts
 from .loop import Job, Rim, positions_of, train
 from .metrics import MetricsLog, Pulse, read_metrics, trackers
+from .new_student import write_new
 from .onpolicy import Completions
 from .preferences import keep_reference
 from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
@@ -54,6 +56,7 @@ from .report import sample, write_report
 from .schema import Recipe, Source
 from .stages import PREFIX, Align, Dpo, Whole, needs_teacher, share_frozen
 from .state import STUDENT, Marks, load_adapters, load_moments, write_state
+from .task_sources import trained_tasks
 from .teacher_text import written_source
 from .trainable import parameter_groups, trained_names
 from .world import World, ending_together, once, start_world
@@ -78,15 +81,17 @@ def distil(
         interrupts = stack.enter_context(Interrupts())
         world = start_world()
         stack.enter_context(ending_together(world))
-        source = stack.enter_context(open_source(recipe.teacher.model, recipe.teacher.revision))
+        teacher = None
+        if recipe.teacher is not None:
+            teacher = stack.enter_context(open_source(recipe.teacher.model, recipe.teacher.revision)).folder
         once(world, lambda: stack.enter_context(locked(folder)))
-        return _Run(recipe, folder, source.folder, world, interrupts).everything(resume)
+        return _Run(recipe, folder, teacher, world, interrupts).everything(resume)
 
 
 class _Run:
     """The steps of a run, in the order of `everything`."""
 
-    def __init__(self, recipe: Recipe, folder: Path, teacher: Path, world: World, interrupts: Interrupts):
+    def __init__(self, recipe: Recipe, folder: Path, teacher: Path | None, world: World, interrupts: Interrupts):
         self.recipe, self.folder, self.world, self.interrupts = recipe, folder, world, interrupts
         self.teacher_folder, self.commits, self.pulse = teacher, folder / "commits", Pulse()
         training, sharding = recipe.training, recipe.deepspeed
@@ -102,21 +107,23 @@ class _Run:
         once(self.world, lambda: check_recipe_unchanged(self.folder, self.recipe))
         once(self.world, lambda: check_push(self.recipe.export.push))
         self.tasks = once(self.world, lambda: select(self.recipe.evaluation.tasks, "evaluation.tasks"))
+        self.tasks += trained_tasks(self.recipe.data.sources)
         commit = once(self.world, lambda: self._find_commit(resume))
         self.start = self._student_folder()
         once(self.world, self._check_steps)
         self._check_interrupted("nothing was trained yet")
-        tokenizer = load_tokenizer(self.teacher_folder)
+        tokenizer = load_tokenizer(self.teacher_folder or self.start)
         if tokenizer is None:
-            raise UserError(f"teacher.model: {self.recipe.teacher.model} has no tokenizer, so no text can be read")
+            raise UserError(f"{self.teacher_folder or self.start} has no tokenizer, so no text can be read")
         self.tokenizer = tokenizer
         once(self.world, lambda: check_tokenizer(self.start, tokenizer))
-        self.teacher = self._load_teacher()
-        longest = self.teacher.config.max_position_embeddings
+        self.teacher = None if self.teacher_folder is None else self._load_teacher()
+        config = DeltaNetConfig.from_pretrained(self.start) if self.teacher is None else self.teacher.config
+        longest = config.max_position_embeddings
         check_contexts(self.recipe.evaluation.contexts, longest, self.world.device, "evaluation.contexts")
-        vocab_size = self.teacher.config.vocab_size
+        vocab_size = config.vocab_size
         self.vocab_size = min(vocab_size, len(tokenizer))
-        stop_ids = self.teacher.config.eos_token_id
+        stop_ids = config.eos_token_id
         stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
         self.stop_ids = {*stop_ids, tokenizer.eos_token_id} - {None}
         prepared = prepare(
@@ -137,9 +144,9 @@ class _Run:
         if self.world.is_main:
             self.log.sinks = trackers(self.recipe.logging, self.folder, self.folder.name)
 
-        results = [{"model": "teacher", **self._figures(self.teacher, None)}]
         if commit is None:
-            results.append(self._measure_folder("converted", self.start))
+            results = [] if self.teacher is None else [{"model": "teacher", **self._figures(self.teacher, None)}]
+            results.append(self._measure_folder("new" if self.teacher is None else "converted", self.start))
         else:
             results = commit.info["results"]
         commit = self._train_from(commit, results)
@@ -163,7 +170,9 @@ class _Run:
         """The student the run starts from; converted now where the recipe says so and it is not there."""
         student = self.recipe.student
         folder = Path(student.model) if student.model is not None else self.folder / "student"
-        if student.convert is None and not (folder / "config.json").is_file():
+        if student.new is not None:
+            once(self.world, lambda: self._make_new(folder))
+        elif student.convert is None and not (folder / "config.json").is_file():
             raise UserError(
                 f"student.model: {folder} is not a checkpoint folder (no config.json), and no `convert:` makes it"
             )
@@ -177,6 +186,11 @@ class _Run:
         _say(f"converts {self.recipe.teacher.model} to {folder}")
         options = self.recipe.student.convert.model_dump()
         convert(self.recipe.teacher.model, folder, revision=self.recipe.teacher.revision, **options)
+
+    def _make_new(self, folder: Path) -> None:
+        if not (folder / "config.json").is_file():
+            _say(f"makes a student from nothing in {folder}")
+            write_new(self.recipe.student.new, folder)
 
     def _write_text(self, source: Source) -> Source:
         _say(f"the teacher writes {source.from_teacher:,} tokens to {self.folder / 'written'}")
@@ -234,7 +248,7 @@ class _Run:
         matrices = lora.adapted(names, stage) if stage.lora else set()
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in names - matrices)
-        if self.settings.zero_stage < 3:
+        if self.settings.zero_stage < 3 and self.teacher is not None:
             share_frozen(student.to(self.world.device), self.teacher)
         if stage.lora:
             lora.adapt(student, matrices, stage, training.seed + plan.index)
@@ -376,9 +390,12 @@ class _Run:
         def finish() -> dict:
             prompt = self.recipe.evaluation.prompt
             student = load_student(commit.folder / STUDENT, dtype=torch.float32, device=self.world.device)
+            writers = {"teacher": self.teacher, "student": student}
+            has_text = any(source.task is None for source in self.recipe.data.sources)
             samples = {
-                "teacher": sample(self.teacher, self.tokenizer, prompt),
-                "student": sample(student, self.tokenizer, prompt),
+                who: sample(model, self.tokenizer, prompt)
+                for who, model in writers.items()
+                if has_text and model is not None
             }
             out = self.folder / "export"
             options = self.recipe.export
@@ -403,8 +420,9 @@ class _Run:
             print(f"\nexport   {out}")
             evaluation = self.recipe.evaluation
             if self.tasks or evaluation.contexts:
-                teacher = (self.recipe.teacher.model, self.teacher, self.tokenizer)
-                page = evaluate_export(out, *teacher, self.held_out, evaluation, self.tasks, self.folder)
+                teacher = self._teacher_subject()
+                text = self.held_out if has_text else ()
+                page = evaluate_export(out, teacher, self.world.device, text, evaluation, self.tasks, self.folder)
                 add_reports(out, [page.with_suffix(".json"), page.with_suffix(".md")])
                 print(f"page     {page}")
             return facts
@@ -413,6 +431,12 @@ class _Run:
         if self.recipe.export.push is not None and self.world.is_main:
             print(f"pushed   {push(self.folder / 'export', self.recipe.export.push)}")
         return facts
+
+    def _teacher_subject(self) -> Subject | None:
+        if self.teacher is None:
+            return None
+        device, dtype, longest = self.teacher.device, self.teacher.dtype, self.teacher.config.max_position_embeddings
+        return Subject(self.recipe.teacher.model, self.teacher, self.tokenizer, device, dtype, longest)
 
 
 def _say(text: str) -> None:

@@ -28,8 +28,8 @@ class Teacher(Section):
     dtype: Dtype = Field("auto", description="of the weights in memory; auto is the training dtype")
 
 
-class Convert(Section):
-    """The options of deltanet-convert, by the same names and with the same defaults."""
+class Mixer(Section):
+    """Which layers keep attention, and what the others have; names and defaults of deltanet-convert."""
 
     hybrid: str = Field(
         "global2", description="global2, swa[:WINDOW], every:N, none, all, layers:1,5,9, RANKING.json:N"
@@ -40,6 +40,11 @@ class Convert(Section):
     conv: int = Field(0, ge=0, description="kernel of the convolution over q, k, v; 0 is off")
     gate: Literal["read", "output", "both", "none"] = "read"
     beta_range: Literal[1, 2] = 1
+
+
+class Convert(Mixer):
+    """The options of deltanet-convert, by the same names and with the same defaults."""
+
     dtype: Dtype = "auto"
     max_shard_size: str = "5GB"
     calibrate: Names = Field(("self",), description="text files, self (the teacher writes) or none (plain copy)")
@@ -47,8 +52,26 @@ class Convert(Section):
     seed: int = Field(0, ge=0)
 
 
+class New(Mixer):
+    """A student of random weights, to be trained from nothing without a teacher. Attention layers have RoPE, linear
+    ones none."""
+
+    tokenizer: str | None = Field(None, description="checkpoint folder whose tokenizer it has; None: made-up words")
+    vocabulary: int = Field(256, gt=0, description="tokens of the made-up words; for generated tasks")
+    layers: int = Field(2, gt=0)
+    hidden_size: int = Field(64, gt=0)
+    intermediate_size: int | None = Field(None, gt=0, description="None: twice hidden_size")
+    heads: int = Field(2, gt=0)
+    kv_heads: int | None = Field(None, gt=0, description="None: as many as heads")
+    head_dim: int | None = Field(None, gt=0, description="None: hidden_size / heads")
+    max_context: int = Field(2048, gt=0, description="tokens")
+    tied: bool = Field(False, description="the head's weights are the embedding's")
+    seed: int = Field(0, ge=0, description="of the weights")
+
+
 class Student(Section):
     model: str | None = Field(None, description="folder that deltanet-convert made; made now if `convert` is given")
+    new: New | None = Field(None, description="makes the student from nothing, instead of `convert`")
     convert: Convert | None = Field(None, description="makes the student from the teacher where the folder is absent")
 
 
@@ -60,11 +83,15 @@ class Source(Section):
     path: Names | None = Field(None, description="local files or globs: txt, jsonl, json, parquet, each also .gz")
     dataset: str | None = Field(None, description="Hub data set (owner/name), instead of path")
     from_teacher: int | None = Field(None, gt=0, description="tokens that the teacher writes itself, instead of path")
+    task: str | None = Field(None, description="a generated task (docs/tasks.md), instead of path")
+    options: dict[str, int | float | str] = Field({}, description="of the task, such as length: 64")
+    documents: int | None = Field(None, gt=0, description="examples of the task")
+    seed: int = Field(0, ge=0, description="of the task's examples")
     config: str | None = Field(None, description="configuration of the Hub data set")
     split: str = Field("train", description="split of the Hub data set")
     revision: str | None = Field(None, description="commit of the Hub data set")
-    kind: Literal["text", "chat", "preference"] = Field(
-        "text", description="plain documents, conversations, or pairs of a chosen and a rejected answer"
+    kind: Literal["text", "chat", "preference", "task"] = Field(
+        "text", description="plain documents, conversations, pairs of a chosen and a rejected answer; a task's own"
     )
     field: str | None = Field(None, description="key of the text or of the messages; found by itself if None")
     separator: str | None = Field(None, description="what parts the documents of a txt file; None: one document a file")
@@ -97,6 +124,8 @@ LOSSES_OF = {
     "pretrain": ("ce", "layer_cosine"),
     "convert_step": (),
 }
+WITHOUT_TEACHER = ("ce", "layer_cosine", "dpo")
+"""Losses that need no teacher; those of an `align` or `convert_step` stage always do."""
 # What published conversions agree on: align the mixers alone at 1e-3 (RADLADS, arXiv 2505.03005; HALO, 2601.22156),
 # then train everything by forward KL at T = 1 and a rate of 1e-4 or less. Preferences: the rate of Zephyr (2310.16944).
 DEFAULTS_OF = {
@@ -200,7 +229,7 @@ class Evaluation(Section):
     tasks: Names = Field(
         (), description="at the end: generated tasks by name, all of them, or .jsonl files, as deltanet-eval takes them"
     )
-    task_examples: int | None = Field(None, gt=0, description="of each task; None: 200 generated ones, or all of a file")
+    task_examples: int | None = Field(None, gt=0, description="of each task; None: as deltanet-eval --limit")
     contexts: Many[Annotated[int, Field(gt=0)]] = Field(
         (), description="at the end: lengths in tokens at which speed and memory are measured"
     )
@@ -214,7 +243,7 @@ class Export(Section):
 
 class Recipe(Section):
     version: Literal[1] = Field(description="of this schema")
-    teacher: Teacher
+    teacher: Teacher | None = Field(None, description="needed by every stage and loss that looks at one")
     student: Student
     data: Data = Data()
     stages: Many[Stage]

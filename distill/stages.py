@@ -21,7 +21,7 @@ from .losses import VOCABULARY_LOSSES, Term, token_logprobs, vocabulary_loss
 from .packing import IGNORED
 from .packing import Sequence as Packed
 from .preferences import num_pairs, pair_sums
-from .schema import Stage
+from .schema import WITHOUT_TEACHER, Stage
 
 PREFIX = "student."
 """What a stage module puts before the student's own parameter names."""
@@ -41,7 +41,7 @@ def terms_of(stage: Stage) -> list[Term]:
 
 
 def needs_teacher(stage: Stage) -> bool:
-    return any(loss.name not in ("ce", "layer_cosine", "dpo") for loss in stage.losses)
+    return any(loss.name not in WITHOUT_TEACHER for loss in stage.losses)
 
 
 class Align(nn.Module):

@@ -38,8 +38,8 @@ def written_source(
 ) -> Source:
     """The source with `path` naming the files the teacher has written: at least `from_teacher` tokens in all.
 
-    The same seed, name, teacher and kind of device write the same text, other names other text. `advance` is told the tokens so far
-    after every portion. Raises DeltanetError where the teacher only repeats itself.
+    The same seed, name, teacher and kind of device write the same text, other names other text. `advance` is told the
+    tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []

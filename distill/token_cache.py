@@ -122,6 +122,9 @@ def _digest(value: object) -> str:
 
 
 def _encode(source: Source, files, tokenizer, stop_ids, train_on) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    if source.task is not None:
+        yield from _examples(source, tokenizer)
+        return
     if source.kind == "preference":
         for place, record in itertools.islice(read_records(source, files), source.max_documents):
             for messages in read_pair(record, source, place):
@@ -146,6 +149,16 @@ def _encode(source: Source, files, tokenizer, stop_ids, train_on) -> Iterator[tu
             yield from flush()
     if batch:
         yield from flush()
+
+
+def _examples(source: Source, tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The examples of a generated task; only its answers are supervised."""
+    from .evaluation.tasks import TASKS
+
+    for example in TASKS[source.task].examples(source.seed, source.documents, source.options, tokenizer, split="train"):
+        marks = np.zeros(len(example.ids), bool)
+        marks[example.positions] = True
+        yield np.array(example.ids, np.int64), marks
 
 
 def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: set[int], advance) -> None:
@@ -173,7 +186,7 @@ def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: s
                 supervised += int(marks.sum()) if marks is not None else len(ids)
                 stopped += bool(len(last)) and int(ids[last[0]]) in stop_ids
         if bounds[-1] == 0:
-            where = ", ".join(source.path) if source.path else source.dataset
+            where = ", ".join(source.path) if source.path else source.dataset or source.task
             raise UserError(f"source {source.name}: {where}: no text in it")
         np.array(bounds, np.int64).tofile(staging / "bounds.bin")
         sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}

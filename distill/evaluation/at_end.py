@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 
-from deltanet import DeltaNetForCausalLM
-
 from ..packing import Sequence
 from ..schema import Evaluation
 from .command import NAME, write_reports
@@ -18,30 +16,27 @@ from .windows import TOKENS
 
 def evaluate_export(
     export: Path,
-    teacher_name: str,
-    teacher: DeltaNetForCausalLM,
-    tokenizer,
+    teacher: Subject | None,
+    device: torch.device,
     held_out: Many[Sequence],
     settings: Evaluation,
     tasks: Many[Chosen],
     folder: Path,
 ) -> Path:
-    """Measures the student in `export` beside the teacher, both in the teacher's dtype, on at most TOKENS of the run's
-    held-out text, and writes evaluation.html, .md and .json to `folder`; returns the page."""
-    device, dtype = teacher.device, teacher.dtype
-    longest = teacher.config.max_position_embeddings
-    other = Subject(teacher_name, teacher, tokenizer, device, dtype, longest)
-    student = load_subject(export, device=str(device), dtype=str(dtype).removeprefix("torch."))
+    """Measures the student in `export`, beside its teacher if there is one and then in the teacher's dtype, on at most
+    TOKENS of the run's held-out text, and writes evaluation.html, .md and .json to `folder`; returns the page."""
+    dtype = "auto" if teacher is None else str(teacher.dtype).removeprefix("torch.")
+    student = load_subject(export, device=str(device), dtype=dtype)
     report = measure(
         student,
-        other,
+        teacher,
         windows=whole_windows(held_out),
         tasks=tasks,
         limit=settings.task_examples,
         contexts=sorted(set(settings.contexts)),
-        max_context=longest,
+        max_context=student.max_context if teacher is None else teacher.max_context,
     )
-    report |= {"text": "held out by the recipe", "losses": loss_curve(export)}
+    report |= {"text": "held out by the recipe" if held_out else None, "losses": loss_curve(export)}
     write_reports(folder, report)
     return folder / f"{NAME}.html"
 

@@ -1,0 +1,64 @@
+"""A student made from nothing: its configuration, its random weights and its tokenizer, as a checkpoint folder.
+
+Twin: tests/distill/test_new_student.py.
+"""
+
+from pathlib import Path
+
+import torch
+
+from convert.command import GATES, load_tokenizer
+from convert.layouts import FULL, LINEAR, parse_layout
+from convert.staging import Staging
+from deltanet import DeltaNetConfig, DeltaNetForCausalLM
+from deltanet.errors import UserError
+
+from .evaluation.tasks.words import word_tokenizer
+from .schema import New
+
+
+def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
+    """(configuration, tokenizer) of the student. Raises UserError for a layout, shape or tokenizer that cannot be."""
+    tokenizer = word_tokenizer(wish.vocabulary) if wish.tokenizer is None else load_tokenizer(Path(wish.tokenizer))
+    if tokenizer is None:
+        raise UserError(f"student.new.tokenizer: {wish.tokenizer} has no tokenizer (no tokenizer.json)")
+    if wish.head_dim is None and wish.hidden_size % wish.heads:
+        raise UserError(f"student.new.heads: {wish.heads} do not divide hidden_size {wish.hidden_size}; say head_dim")
+    layout = parse_layout(wish.hybrid, [FULL] * wish.layers)
+    read_gate, output_gate = GATES[wish.gate]
+    config = DeltaNetConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=wish.hidden_size,
+        intermediate_size=wish.intermediate_size or 2 * wish.hidden_size,
+        num_hidden_layers=wish.layers,
+        num_attention_heads=wish.heads,
+        num_key_value_heads=wish.kv_heads,
+        head_dim=wish.head_dim,
+        max_position_embeddings=wish.max_context,
+        tie_word_embeddings=wish.tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        layer_types=list(layout.layer_types),
+        sliding_window=layout.window,
+        rope_layers=[kind != LINEAR for kind in layout.layer_types],
+        mixer=wish.mixer,
+        state_heads=wish.state_heads,
+        skip_taps=wish.skip_conv,
+        conv_kernel=wish.conv,
+        beta_max=wish.beta_range,
+        read_gate=read_gate,
+        output_gate=output_gate,
+    )
+    return config, tokenizer
+
+
+def write_new(wish: New, folder: Path) -> None:
+    """Writes the student of `plan_new` to `folder`, whole or not at all, float32. The weights follow from the seed."""
+    config, tokenizer = plan_new(wish)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(wish.seed)
+        model = DeltaNetForCausalLM(config)
+    with Staging(folder, overwrite=True) as staging:
+        model.save_pretrained(staging.folder)
+        tokenizer.save_pretrained(staging.folder)
+        staging.commit()
