@@ -1,0 +1,294 @@
+"""Distils a 1B student on one GPU and on all of them: tokens a second, memory, seconds by part, the same losses.
+
+    python -m benchmarks.scaling [--gpus N] [--seq-len 4096] [--steps 12] [--same-steps 50] [--peer] [--out FOLDER]
+
+Teacher and `global2` student have the shapes of Llama-3.2-1B and random weights made on the machine; the text is random
+tokens, packed. Every measurement is a launch of torchrun of its own, on one GPU and then on N, so that efficiency is
+against one GPU of the same host in the same run. `--tiny` runs everything on CPUs with a toy model, to try the script.
+
+Model FLOPs of a token (`flops_per_token`): 6 x the student's matrix parameters (forward and backward), 2 x the
+teacher's, the heads included; causal softmax attention 2 T HQ hd a token and layer forward, three times that with
+backward; the delta rule 6 HQ hd^2 a token and layer forward, three times that with backward. What activation
+checkpointing computes twice counts once. Peak of an H100: 989 TFLOP/s (bfloat16, dense).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PEAK = 989e12
+SHAPE = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+TINY = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+}
+
+
+def flops_per_token(shape: dict, linear: list[bool], length: int) -> float:
+    width = shape["hidden_size"]
+    query = shape["num_attention_heads"] * shape["head_dim"]
+    pair = shape["num_key_value_heads"] * shape["head_dim"]
+    layer = width * (2 * query + 2 * pair) + 3 * width * shape["intermediate_size"]
+    matrices = layer * shape["num_hidden_layers"] + width * shape["vocab_size"]
+    softmax, delta = 2 * length * query, 6 * query * shape["head_dim"]
+    teacher = 2 * matrices + softmax * shape["num_hidden_layers"]
+    student = 6 * matrices + 3 * sum(delta if is_linear else softmax for is_linear in linear)
+    return teacher + student
+
+
+def sequence(position: int, length: int, vocabulary: int):
+    """Three documents of random tokens, a function of the position alone."""
+    from distill.packing import assemble
+
+    random = np.random.default_rng(position)
+    cuts = np.sort(random.integers(2, length - 2, 2))
+    return assemble(np.split(random.integers(0, vocabulary, length), cuts), length)
+
+
+def worker(task: dict) -> None:
+    """One process of one measurement; rank 0 prints the result as the last line."""
+    from deltanet import DeltaNetConfig, DeltaNetForCausalLM
+    from distill.batch import make_batch
+    from distill.engine import Engine, EngineSettings
+    from distill.loop import Job, positions_of
+    from distill.schedules import Schedule
+    from distill.schema import Loss, Stage
+    from distill.stages import Whole
+    from distill.world import start_world
+
+    world = start_world()
+    cuda = world.device.type == "cuda"
+    if task.get("kernels") == "fla":
+        use_fla()
+    shape = TINY if task["tiny"] else SHAPE
+    kept = (1, shape["num_hidden_layers"] // 2)
+    kinds = ["full_attention" if i in kept else "linear_attention" for i in range(shape["num_hidden_layers"])]
+    common = {
+        **shape,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    }
+    torch.manual_seed(0)
+    with world.device:
+        student = DeltaNetForCausalLM(DeltaNetConfig(**common, layer_types=kinds, mixer="gated_delta", skip_taps=4))
+        teacher = DeltaNetForCausalLM(
+            DeltaNetConfig(**common, layer_types=["full_attention"] * shape["num_hidden_layers"])
+        )
+    low = torch.bfloat16 if task["dtype"] == "bfloat16" else torch.float32
+    teacher = teacher.to(low).eval().requires_grad_(False)
+    if task["checkpointing"]:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    if task["compile"]:
+        for layer in (*student.model.layers, *teacher.model.layers):
+            layer.compile()
+    stage = Stage(kind="distil", steps=1, losses=[Loss(name="forward_kl")])
+    module = Whole(student, teacher, stage)
+    groups = [{"params": list(student.parameters()), "lr": 1e-4, "peak_lr": 1e-4, "weight_decay": 0.0}]
+    settings = EngineSettings(zero_stage=task["zero"], precision="bf16" if task["dtype"] == "bfloat16" else "fp32")
+    engine = Engine(module, groups, settings, world)
+    job = Job(0, "scaling", task["steps"], 0, 0, task["batch"], task["micro"], Schedule("constant", 1, 0), None)
+    parts = Parts(world.device, teacher, student)
+    losses, began = [], time.perf_counter()
+    for step in range(task["steps"]):
+        if step == task["warmup"]:
+            parts.reset()
+            began = time.perf_counter()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+        positions = positions_of(step, job, world)
+        batches = [[sequence(at, task["length"], shape["vocab_size"]) for at in row] for row in positions]
+        (count,) = world.sum([sum(map(module.count, batches))])
+        loss = 0.0
+        for sequences in batches:
+            batch = make_batch(sequences, world.device)
+            with parts("forward"):
+                share, _ = engine.forward(batch, count)
+            with parts("backward"):
+                engine.backward(share)
+            loss += share.detach().double()
+        with parts("step"):
+            engine.step()
+        losses.append(world.sum([float(loss)])[0])
+    if cuda:
+        torch.cuda.synchronize()
+    measured = task["steps"] - task["warmup"]
+    seconds = time.perf_counter() - began
+    tokens = measured * task["batch"] * task["length"]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    rate = tokens / seconds / world.size
+    result = {
+        **task,
+        "gpus": world.size,
+        "tokens_per_second_per_gpu": rate,
+        "peak_gib": max(world.gather(peak)),
+        "seconds": {name: value / measured for name, value in parts.seconds().items()} | {"all": seconds / measured},
+        "flop_use": rate
+        * flops_per_token(shape, [kind != "full_attention" for kind in kinds], task["length"] / 3)
+        / PEAK,
+        "losses": losses,
+    }
+    engine.close()
+    if world.is_main:
+        print("RESULT " + json.dumps(result), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+class Parts:
+    """Seconds by part of the step, between CUDA events, so that nothing waits; of a CPU by the clock."""
+
+    def __init__(self, device: torch.device, teacher, student):
+        self.cuda, self.spans = device.type == "cuda", []
+        for name, model in (("teacher forward", teacher.model), ("student forward", student.model)):
+            model.register_forward_pre_hook(lambda *_, name=name: self._open(name))
+            model.register_forward_hook(lambda *_, name=name: self._close(name))
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _open(self, name: str) -> None:
+        self.spans.append([name, self._now(), None])
+
+    def _close(self, name: str) -> None:
+        span = next(span for span in reversed(self.spans) if span[0] == name and span[2] is None)
+        span[2] = self._now()
+
+    def __call__(self, name: str):
+        parts = self
+
+        class Span:
+            def __enter__(self):
+                parts._open(name)
+
+            def __exit__(self, *_):
+                parts._close(name)
+
+        return Span()
+
+    def reset(self) -> None:
+        self.spans = []
+
+    def seconds(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, begin, end in self.spans:
+            took = begin.elapsed_time(end) / 1e3 if self.cuda else end - begin
+            found[name] = found.get(name, 0.0) + took
+        found["loss"] = found.pop("forward") - found["teacher forward"] - found["student forward"]
+        return found
+
+
+def use_fla() -> None:
+    """Puts flash-linear-attention's kernels in the place of ours."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    import deltanet.mixer
+
+    def rule(q, k, v, beta, *, g, scale, initial_state, output_final_state, cu_seqlens, normalize_qk):
+        return chunk_gated_delta_rule(
+            q, k, v, g, beta.to(v.dtype), scale=scale, initial_state=initial_state,
+            output_final_state=output_final_state, use_qk_l2norm_in_kernel=normalize_qk,
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+        )  # fmt: skip
+
+    deltanet.mixer.delta_rule = rule
+
+
+def launch(task: dict, gpus: int, log: Path) -> dict | None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus), "--master-port"]
+    command += [str(29500 + os.getpid() % 400), "-m", "benchmarks.scaling", "--worker", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    with log.open("a") as file:
+        file.write(f"\n== {gpus} {task}\n{done.stdout}\n{done.stderr}\n")
+    lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(lines[-1]) if lines else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpus", type=int, default=max(torch.cuda.device_count(), 1))
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--same-steps", type=int, default=50, help="steps of the comparison of losses; 0: none")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--peer", action="store_true", help="flash-linear-attention's kernels beside ours")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every layer")
+    parser.add_argument("--checkpointing", action="store_true", help="also with activation checkpointing")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("scaling"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(json.loads(arguments.worker))
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    base = {
+        "tiny": arguments.tiny, "length": arguments.seq_len, "steps": arguments.steps, "warmup": 4, "micro": 2,
+        "dtype": "bfloat16", "checkpointing": False, "compile": arguments.compile,
+    }  # fmt: skip
+    results: list[dict] = []
+
+    def measure(gpus: int, **changes) -> dict | None:
+        task = base | changes
+        found = launch(task | {"batch": task.get("batch", task["micro"] * gpus)}, gpus, arguments.out / "log")
+        label = ", ".join(f"{key} {value}" for key, value in changes.items())
+        if found is None:
+            print(f"{gpus} GPU, {label}: failed, see {arguments.out / 'log'}", flush=True)
+            return None
+        results.append(found)
+        (arguments.out / "scaling.json").write_text(json.dumps(results, indent=1))
+        seconds = "  ".join(f"{name} {value:.3f}" for name, value in found["seconds"].items())
+        rate, peak = found["tokens_per_second_per_gpu"], found["peak_gib"]
+        print(f"{gpus} GPU, {label}: {rate:,.0f} tokens/s a GPU, {peak:.1f} GiB, {found['flop_use']:.1%} of peak")
+        print(f"   seconds a step: {seconds}", flush=True)
+        return found
+
+    kinds = [{"checkpointing": False}] + ([{"checkpointing": True}] if arguments.checkpointing else [])
+    for zero in arguments.stages:
+        for kind in kinds:
+            rates = [measure(gpus, zero=zero, **kind) for gpus in sorted({1, arguments.gpus})]
+            if len(rates) == 2 and all(rates):
+                one, many = (found["tokens_per_second_per_gpu"] for found in rates)
+                print(f"   ZeRO {zero}: efficiency {many / one:.1%}", flush=True)
+    if arguments.peer:
+        measure(1, zero=0, kernels="fla")
+    if arguments.same_steps:
+        tiny = {"tiny": True, "length": 256, "steps": arguments.same_steps, "warmup": 1, "micro": 1, "compile": False}
+        for dtype in ("float32", "bfloat16"):
+            for zero in arguments.stages:
+                runs = [
+                    measure(gpus, zero=zero, dtype=dtype, batch=2 * arguments.gpus, **tiny)
+                    for gpus in sorted({1, arguments.gpus})
+                ]
+                if all(runs):
+                    first, *rest = (np.array(found["losses"]) for found in runs)
+                    apart = max([np.abs(other / first - 1).max() for other in rest], default=0.0)
+                    print(f"   ZeRO {zero}, {dtype}: losses differ by {apart:.1e} at most", flush=True)
+
+
+if __name__ == "__main__":
+    main()
