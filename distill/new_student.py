@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from convert.command import GATES, load_tokenizer
-from convert.layouts import FULL, LINEAR, parse_layout
+from convert.layouts import FULL, LINEAR, Layout, parse_layout
 from convert.staging import Staging
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.errors import UserError
@@ -19,12 +19,9 @@ from .schema import New
 
 def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
     """(configuration, tokenizer) of the student. Raises UserError for a layout, shape or tokenizer that cannot be."""
-    tokenizer = word_tokenizer(wish.vocabulary) if wish.tokenizer is None else load_tokenizer(Path(wish.tokenizer))
-    if tokenizer is None:
-        raise UserError(f"student.new.tokenizer: {wish.tokenizer} has no tokenizer (no tokenizer.json)")
-    if wish.head_dim is None and wish.hidden_size % wish.heads:
-        raise UserError(f"student.new.heads: {wish.heads} do not divide hidden_size {wish.hidden_size}; say head_dim")
+    tokenizer = _tokenizer(wish)
     layout = parse_layout(wish.hybrid, [FULL] * wish.layers)
+    _check_heads(wish, layout)
     read_gate, output_gate = GATES[wish.gate]
     config = DeltaNetConfig(
         vocab_size=len(tokenizer),
@@ -36,6 +33,7 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
         head_dim=wish.head_dim,
         max_position_embeddings=wish.max_context,
         tie_word_embeddings=wish.tied,
+        initializer_range=wish.hidden_size**-0.5,  # a matrix then keeps the size of what it reads
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         layer_types=list(layout.layer_types),
@@ -48,8 +46,31 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
         beta_max=wish.beta_range,
         read_gate=read_gate,
         output_gate=output_gate,
+        initializer_range=wish.hidden_size**-0.5,  # with 0.02 a width of 64 hardly learns to recall at all
     )
     return config, tokenizer
+
+
+def _tokenizer(wish: New):
+    if wish.tokenizer is None:
+        try:
+            return word_tokenizer(wish.vocabulary)
+        except UserError as error:
+            raise UserError(f"student.new.vocabulary: {error}") from None
+    tokenizer = load_tokenizer(Path(wish.tokenizer))
+    if tokenizer is None:
+        raise UserError(f"student.new.tokenizer: {wish.tokenizer} has no tokenizer (no tokenizer.json)")
+    return tokenizer
+
+
+def _check_heads(wish: New, layout: Layout) -> None:
+    if wish.head_dim is None and wish.hidden_size % wish.heads:
+        raise UserError(f"student.new.heads: {wish.heads} do not divide hidden_size {wish.hidden_size}; say head_dim")
+    if wish.heads % (wish.kv_heads or wish.heads):
+        raise UserError(f"student.new.kv_heads: {wish.kv_heads} do not divide the {wish.heads} heads")
+    head_dim = wish.head_dim or wish.hidden_size // wish.heads
+    if head_dim % 2 and len(layout.linear) < wish.layers:
+        raise UserError(f"student.new.head_dim: {head_dim} is odd; attention turns pairs of numbers, so make it even")
 
 
 def write_new(wish: New, folder: Path) -> None:

@@ -15,13 +15,14 @@ from deltanet.errors import UserError
 
 from .example import Example
 from .task import Task
-from .words import DIGITS, OPERATORS, Vocabulary
+from .words import DIGITS, OPERATORS, SYMBOLS, Vocabulary
 
 OPERATOR_SHARE = 0.25
 FEWEST, MOST = 2, 10  # arguments
 USUAL = {"[MIN": 0, "[MAX": 9, "[MED": 4, "[SM": 0}  # what an operator most often gives
 LADDER = (0, 1, 2, 3)
 TRIES = 20_000
+DEEPEST = 100
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,13 @@ def listops(
     rng: random.Random, vocabulary: Vocabulary, *, shortest: int = 10, longest: int = 40, depth: int = 10
 ) -> Example:
     """One tree of `shortest` to `longest` symbols and at most `depth` levels of operators, `=`, and its value."""
-    if depth < 1 or not 4 <= shortest <= longest:
-        raise UserError(f"task listops: {shortest} to {longest} symbols in {depth} levels is no tree")
+    if not 1 <= depth <= DEEPEST or not 4 <= shortest <= longest:
+        raise UserError(
+            f"task listops: {shortest} to {longest} symbols in {depth} levels; allowed is 4 symbols or more, the fewest "
+            f"first, in 1 to {DEEPEST} levels"
+        )
+    if len(set(vocabulary.symbols.values()) - {()}) < len(SYMBOLS):
+        raise UserError("task listops: the tokenizer writes two of the symbols alike, or one not at all")
     for _ in range(TRIES):
         found = draw_tree(rng, depth, longest)
         if found is not None and found[1] >= shortest:

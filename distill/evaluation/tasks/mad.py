@@ -18,27 +18,25 @@ def recall(
     rng: random.Random, vocabulary: Vocabulary, *, length: int = 128, symbols: int = 16, noise: float = 0.0
 ) -> Example:
     """Pairs of a key and its value, keys drawn again and again; every value whose key came before is an answer. Half of
-    `symbols` are keys, half values. With `noise`, that share of the places holds one of as many other words."""
-    if length < 8 or symbols < 4 or not 0 <= noise < 1:
+    `symbols` are keys, half values. With `noise`, that share of the places holds one of as many other words. A row that
+    comes to its end without an answer is made to ask for a key it has."""
+    if length < 8 + len(vocabulary.opening) or symbols < 4 or not 0 <= noise < 1:
         raise UserError(f"task mad recall: length {length}, symbols {symbols}, noise {noise} make no row")
-    vocabulary.need(2 * symbols, "mad recall")
+    vocabulary.need(2 * symbols if noise else symbols, "mad recall")
     keys, values = vocabulary.words[: symbols // 2], vocabulary.words[symbols // 2 : symbols]
     noises = vocabulary.words[symbols : 2 * symbols]
     table = {key: rng.choice(values) for key in keys}
     ids, seen, answers = list(vocabulary.opening), set(), []
     while len(ids) < length - 1:
-        if rng.random() < noise:
+        is_late = not answers and length - len(ids) < 6  # room for one more key and the question for it
+        if not is_late and rng.random() < noise:
             ids.append(rng.choice(noises))
             continue
-        key = rng.choice(keys)
+        key = rng.choice(sorted(seen) if is_late and seen else keys)
         ids += [key, table[key]]
         if key in seen:
             answers.append((len(ids) - 1, len(ids)))
         seen.add(key)
-    if not answers:  # rare in short rows: ask for what came last
-        at = max(index for index, token in enumerate(ids) if token in table)
-        ids += ids[at : at + 2]
-        answers.append((len(ids) - 1, len(ids)))
     return Example(tuple(ids), tuple(answers), guesses={"a value at random": 1 / len(values)})
 
 
@@ -48,7 +46,7 @@ def selective(
     """`items` words scattered among blanks, then a marker, and the words in their order."""
     room = length - len(vocabulary.opening) - items - 1
     if not 0 < items <= room or symbols < 2:
-        raise UserError(f"task mad_copy: {items} words do not fit into {length} tokens")
+        raise UserError(f"task mad_copy: {items} words of {symbols} symbols do not fit into {length} tokens")
     vocabulary.need(symbols + 2, "mad_copy")
     blank, marker, *known = vocabulary.words[: symbols + 2]
     words = rng.choices(known, k=items)

@@ -71,6 +71,8 @@ def passkey(rng: random.Random, vocabulary: Vocabulary, *, length: int = 128) ->
 
 def copying(rng: random.Random, vocabulary: Vocabulary, *, items: int = 8) -> Example:
     """A list of random words, a marker, and the list again."""
+    if items < 1:
+        raise UserError(f"task copying: items {items}; allowed is 1 or more")
     vocabulary.need(3, "copying")
     marker = rng.choice(vocabulary.words)
     words = rng.choices([word for word in vocabulary.words if word != marker], k=items)
@@ -95,6 +97,8 @@ def induction(rng: random.Random, vocabulary: Vocabulary, *, length: int = 32) -
 
 def lookup(rng: random.Random, vocabulary: Vocabulary, *, pairs: int = 8) -> Example:
     """`key value` so many times, a marker, and one of the keys asks for its value."""
+    if pairs < 1:
+        raise UserError(f"task lookup: pairs {pairs}; allowed is 1 or more")
     marker, *drawn = vocabulary.draw(rng, 1 + 2 * pairs, "lookup")
     asked = rng.randrange(pairs)
     ids = (*vocabulary.opening, *drawn, marker, drawn[2 * asked], drawn[2 * asked + 1])
@@ -113,6 +117,8 @@ def mqar(
     slots = (length - len(vocabulary.opening) - 2 * pairs) // 2
     if pairs < 1 or slots < pairs:
         raise UserError(f"task mqar: {pairs} pairs do not fit into {length} tokens; allowed is up to a quarter")
+    if not 0 <= power <= 1:
+        raise UserError(f"task mqar: power {power}; allowed is 0 to 1")
     vocabulary.need(2 * pairs + 1, "mqar")
     blank, half = vocabulary.words[0], (len(vocabulary.words) + 1) // 2
     keys = rng.sample(vocabulary.words[1:half], pairs)

@@ -55,7 +55,7 @@ def regular_language(
 ) -> Example:
     """10 to `strings` strings of 1 to `longest` symbols of one automaton, cut at `length` tokens; every symbol is an
     answer, separators are not."""
-    if strings < 1 or longest < 1 or length < 4:
+    if strings < 1 or longest < 1 or length < 4 + len(vocabulary.opening):
         raise UserError(f"task regbench: {strings} strings of up to {longest} symbols in {length} tokens make no row")
     vocabulary.need(SYMBOLS + 1, "regbench")
     separator, *words = vocabulary.words[: SYMBOLS + 1]

@@ -21,8 +21,7 @@ def modular(rng: random.Random, vocabulary: Vocabulary, *, length: int = 16, mod
     vocabulary.need(modulus + 1, "modular")
     marker, *words = vocabulary.words[: modulus + 1]
     numbers = rng.choices(range(modulus), k=length)
-    ids = (*vocabulary.opening, *(words[n] for n in numbers), marker, words[sum(numbers) % modulus])
-    return Example(ids, ((len(ids) - 1, len(ids)),), choices=tuple(words))
+    return _asked(vocabulary, [words[n] for n in numbers], marker, words[sum(numbers) % modulus], words)
 
 
 def permutations(rng: random.Random, vocabulary: Vocabulary, *, length: int = 8, elements: int = 3) -> Example:
@@ -36,8 +35,13 @@ def permutations(rng: random.Random, vocabulary: Vocabulary, *, length: int = 8,
     product = tuple(range(elements))
     for one in drawn:
         product = tuple(one[place] for place in product)
-    ids = (*vocabulary.opening, *(words[group.index(one)] for one in drawn), marker, words[group.index(product)])
-    return Example(ids, ((len(ids) - 1, len(ids)),), choices=tuple(words))
+    return _asked(vocabulary, [words[group.index(one)] for one in drawn], marker, words[group.index(product)], words)
+
+
+def _asked(vocabulary: Vocabulary, text: list[int], marker: int, answer: int, states: list[int]) -> Example:
+    ids = (*vocabulary.opening, *text, marker, answer)
+    answers = ((len(ids) - 1, len(ids)),)
+    return Example(ids, answers, choices=tuple(states), guesses={"a state at random": 1 / len(states)})
 
 
 LENGTHS = (8, 16, 40, 128, 256)

@@ -69,7 +69,7 @@ class Task:
             wanted = (int, float) if isinstance(allowed[name], float) else type(allowed[name])
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise UserError(f"task {self.name}: {name} is {value!r}; such as {allowed[name]!r} is allowed")
-        return allowed | dict(level)
+        return allowed | {name: type(allowed[name])(value) for name, value in level.items()}
 
     def run(self, subject: Subject, *, seed: int, n: int, max_context: int) -> TaskResult:
         """The model's answers to `n` examples, spread evenly over the levels that fit into `max_context` tokens and the
@@ -83,7 +83,7 @@ class Task:
             try:
                 (first,) = self.examples(seed, 1, label, subject.tokenizer, vocab_size=subject.vocab_size)
             except UserError as error:
-                reason = error
+                reason = reason or error
                 continue
             if len(first.ids) <= max_context:
                 found[label] = [first]
@@ -133,9 +133,9 @@ def answers(subject: Subject, examples: list[Example]) -> list[dict[int, int]]:
         for row, index in enumerate(batch):
             choices = examples[index].choices
             seen = logits[row, :, list(choices)] if choices else logits[row]
-            best = seen.argmax(-1).tolist()
-            for at, token in zip(wanted, best):
-                said[index][at] = choices[token] if choices else token
+            best = dict(zip(wanted, seen.argmax(-1).tolist()))
+            for at in examples[index].positions:
+                said[index][at] = choices[best[at]] if choices else best[at]
     return said
 
 
