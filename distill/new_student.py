@@ -33,7 +33,6 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
         head_dim=wish.head_dim,
         max_position_embeddings=wish.max_context,
         tie_word_embeddings=wish.tied,
-        initializer_range=wish.hidden_size**-0.5,  # a matrix then keeps the size of what it reads
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         layer_types=list(layout.layer_types),

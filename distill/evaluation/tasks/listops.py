@@ -92,8 +92,8 @@ def listops(
     """One tree of `shortest` to `longest` symbols and at most `depth` levels of operators, `=`, and its value."""
     if not 1 <= depth <= DEEPEST or not 4 <= shortest <= longest:
         raise UserError(
-            f"task listops: {shortest} to {longest} symbols in {depth} levels; allowed is 4 symbols or more, the fewest "
-            f"first, in 1 to {DEEPEST} levels"
+            f"task listops: {shortest} to {longest} symbols in {depth} levels; allowed is 4 symbols or more, the "
+            f"fewest first, in 1 to {DEEPEST} levels"
         )
     if len(set(vocabulary.symbols.values()) - {()}) < len(SYMBOLS):
         raise UserError("task listops: the tokenizer writes two of the symbols alike, or one not at all")
