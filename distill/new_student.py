@@ -45,7 +45,6 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
         beta_max=wish.beta_range,
         read_gate=read_gate,
         output_gate=output_gate,
-        initializer_range=wish.hidden_size**-0.5,  # with 0.02 a width of 64 hardly learns to recall at all
     )
     return config, tokenizer
 
