@@ -45,6 +45,7 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
         beta_max=wish.beta_range,
         read_gate=read_gate,
         output_gate=output_gate,
+        initializer_range=wish.hidden_size**-0.5,  # a matrix then keeps the size of what it reads
     )
     return config, tokenizer
 
