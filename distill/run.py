@@ -51,12 +51,12 @@ from .onpolicy import Completions
 from .preferences import keep_reference
 from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
 from .recipe import load_recipe, show
-from .records import check_recipe_unchanged, write_records
+from .records import RECIPE, check_recipe_unchanged, write_records
 from .report import sample, write_report
 from .schema import Recipe, Source
 from .stages import PREFIX, Align, Dpo, Whole, needs_teacher, share_frozen
 from .state import STUDENT, Marks, load_adapters, load_moments, write_state
-from .task_sources import trained_tasks
+from .task_sources import check_tasks, trained_tasks
 from .teacher_text import written_source
 from .trainable import parameter_groups, trained_names
 from .world import World, ending_together, once, start_world
@@ -139,6 +139,7 @@ class _Run:
         self.plans = plan_stages(self.recipe, prepared)
         self.held_out = held_out_sequences(self.recipe, prepared)
         once(self.world, lambda: self._write_records(prepared))
+        once(self.world, lambda: check_tasks(self.tasks, tokenizer, self.vocab_size, longest))
         self._check_interrupted("nothing was trained yet")
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         if self.world.is_main:
@@ -188,7 +189,9 @@ class _Run:
         convert(self.recipe.teacher.model, folder, revision=self.recipe.teacher.revision, **options)
 
     def _make_new(self, folder: Path) -> None:
-        if not (folder / "config.json").is_file():
+        # Until its recipe is written down, a run's own student may be that of an earlier try with another recipe.
+        is_started = self.recipe.student.model is not None or (self.folder / RECIPE).is_file()
+        if not (is_started and (folder / "config.json").is_file()):
             _say(f"makes a student from nothing in {folder}")
             write_new(self.recipe.student.new, folder)
 

@@ -1,4 +1,4 @@
-"""Sources that are generated tasks: what a run that trains on them measures at its end.
+"""Generated tasks in a run: what it measures at its end because it trained on it, and whether it can.
 
 Twin: tests/distill/test_task_sources.py.
 """
@@ -23,3 +23,11 @@ def trained_tasks(sources: Sequence[Source]) -> list[Chosen]:
             )
             chosen.append(Chosen(name, task, True))
     return chosen
+
+
+def check_tasks(chosen: Sequence[Chosen], tokenizer, vocab_size: int, max_context: int) -> None:
+    """Raises UserError for a generated task that was asked for and has no level that the model could be given, so that
+    a run does not find out at its end."""
+    for one in chosen:
+        if one.is_generated and one.is_named:
+            one.task.fitting(tokenizer, vocab_size, seed=0, max_context=max_context)

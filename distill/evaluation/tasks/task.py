@@ -71,6 +71,27 @@ class Task:
                 raise UserError(f"task {self.name}: {name} is {value!r}; such as {allowed[name]!r} is allowed")
         return allowed | {name: type(allowed[name])(value) for name, value in level.items()}
 
+    def fitting(self, tokenizer, vocab_size: int, *, seed: int, max_context: int) -> list[str]:
+        """The labels of the levels whose first example can be made and has at most `max_context` tokens.
+
+        Raises UserError where there are none, saying why the easiest is not among them.
+        """
+        found, reasons = [], []
+        for label in self.levels:
+            try:
+                (first,) = self.examples(seed, 1, label, tokenizer, vocab_size=vocab_size)
+            except UserError as error:
+                reasons.append(error)
+                continue
+            if len(first.ids) <= max_context:
+                found.append(label)
+            else:
+                too_long = f"its level {label!r} takes {len(first.ids)} tokens, the model {max_context}"
+                reasons.append(UserError(f"task {self.name}: {too_long}"))
+        if not found:
+            raise reasons[0]
+        return found
+
     def run(self, subject: Subject, *, seed: int, n: int, max_context: int) -> TaskResult:
         """The model's answers to `n` examples, spread evenly over the levels that fit into `max_context` tokens and the
         tokenizer's words (at least one of each). accuracy is the mean over examples of the share of right answers.
@@ -78,19 +99,9 @@ class Task:
         Raises UserError where no level fits.
         """
         found: dict[str, list[Example]] = {}
-        reason = None
-        for label in self.levels:
-            try:
-                (first,) = self.examples(seed, 1, label, subject.tokenizer, vocab_size=subject.vocab_size)
-            except UserError as error:
-                reason = reason or error
-                continue
-            if len(first.ids) <= max_context:
-                found[label] = [first]
-        if not found:
-            raise reason or UserError(f"task {self.name}: its easiest level is longer than {max_context} tokens")
-        for index, label in enumerate(found):
-            count = max(n // len(found) + (index < n % len(found)), 1)
+        fitting = self.fitting(subject.tokenizer, subject.vocab_size, seed=seed, max_context=max_context)
+        for index, label in enumerate(fitting):
+            count = max(n // len(fitting) + (index < n % len(fitting)), 1)
             made = self.examples(seed, count, label, subject.tokenizer, vocab_size=subject.vocab_size)
             found[label] = [example for example in made if len(example.ids) <= max_context]
         everything = [example for examples in found.values() for example in examples]
