@@ -15,7 +15,7 @@ import torch
 
 from convert.closeness import recall
 from convert.progress import progress
-from deltanet import DeltaNetConfig
+from deltanet import DeltaNetConfig, __version__
 from deltanet.errors import UserError
 
 from ..export import RECIPE
@@ -103,7 +103,7 @@ def measure(
         "device": device_name(student.device),
         "dtype": str(student.dtype).removeprefix("torch."),
         "seed": seed,
-        "versions": {package: version(package) for package in ("deltanet", "torch", "transformers")},
+        "versions": {"deltanet": __version__} | {package: version(package) for package in ("torch", "transformers")},
         "layers": list(config.layer_types) if isinstance(config, DeltaNetConfig) else None,
         "seconds": {},
     }
