@@ -50,12 +50,9 @@ def delta_rule(
     cu_seqlens (N + 1,) int32 or int64: where documents begin and end in a batch of one; they do not see each other.
     normalize_qk: q and k are brought to length one first (1e-6 inside the root).
 
-    Under autocast q, k and v are brought to its dtype first, as in a matrix product; beta, g and the state are not.
     Returns o (B, T, G*H, V) in v's dtype, and the final state (N, H, K, V) in float32 (float64 for float64 input), or
     None unless asked for. Raises UserError naming the argument that does not fit.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     check(q, k, v, beta, g=g, state=initial_state, cu_seqlens=cu_seqlens)
     arguments = {
         "g": g,
