@@ -134,8 +134,8 @@ def _download(repository: str, revision: str | None, allow_pickle: bool, gated: 
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         why = reason(error) if may_pass(error) else first
         raise UserError(
-            f"{repository}{at}: not in the local cache, and the Hub cannot be reached ({why}); go online, or "
-            f"download it elsewhere with `hf download {repository}` and give the folder"
+            f"{repository}{at}: no folder here, not in the local cache, and the Hub cannot be reached ({why}); go "
+            f"online, or download it elsewhere with `hf download {repository}` and give the folder"
         ) from None
     return folder, folder.name
 

@@ -161,6 +161,8 @@ class _Run:
                     f"--resume never: {self.folder} holds the commit {found.folder.name}; use another --output"
                 )
         else:
+            if not Path(resume).is_dir():
+                raise UserError(f"--resume {resume}: no such commit; say auto, never or a folder in {self.commits}")
             found = verify(Path(resume))
             drop_newer(self.commits, found.step)
         if found is not None:
@@ -196,7 +198,7 @@ class _Run:
             write_new(self.recipe.student.new, folder)
 
     def _write_text(self, source: Source) -> Source:
-        _say(f"the teacher writes {source.from_teacher:,} tokens to {self.folder / 'written'}")
+        _say(f"the teacher writes {source.from_teacher:,} tokens or more, kept in {self.folder / 'written'}")
         seed = self.recipe.data.seed
         watch = functools.partial(self._watch, source)
         return written_source(source, self.teacher, self.tokenizer, self.folder / "written", seed, watch)

@@ -33,7 +33,7 @@ def write_format(student: str | Path, output: str | Path, name: str, *, overwrit
     """
     student, output = Path(student), Path(output)
     if name not in FORMATS:
-        raise UserError(f"--format {name}: allowed are {', '.join(FORMATS)}{nearest(name, list(FORMATS))}")
+        raise UserError(f"--format {name}: allowed: {', '.join(FORMATS)}{nearest(name, list(FORMATS))}")
     raw = read_config(student)
     if raw.get("model_type") != DeltaNetConfig.model_type:
         raise UserError(

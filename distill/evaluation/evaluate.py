@@ -58,6 +58,8 @@ def evaluate(
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: allowed is 1 or more")
     chosen = select(tasks)
+    if text == NONE and not chosen and contexts is not None and not len(contexts):
+        raise UserError("--text none --tasks none --contexts none: nothing is left to measure")
     if text not in (SELF, NONE) and not Path(text).is_file():
         raise UserError(f"--text {text}: no such file (or say self or none)")
     mine = load_subject(student, device=device, dtype=dtype)
@@ -122,7 +124,7 @@ def measure(
         with _timed(report, "diagnostics"):
             report["diagnostics"] = diagnose(student, teacher, windows, seed=seed)
     if contexts:
-        with _timed(report, "worth"), progress("speed and memory", sum(contexts), "tokens") as advance:
+        with _timed(report, "speed and memory"), progress("speed and memory", sum(contexts), "tokens") as advance:
             report |= worth(student, teacher, contexts, seed=seed, advance=advance)
     return report
 

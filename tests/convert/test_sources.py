@@ -98,7 +98,7 @@ def test_offline_a_preset_says_how_to_get_it(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"meta-llama/Llama-3\.2-1B: not in the local cache"):
+    with pytest.raises(UserError, match=r"meta-llama/Llama-3\.2-1B: no folder here, not in the local cache"):
         opened("llama-1b")
 
 
