@@ -208,6 +208,11 @@ def _fit(part: Part, seq_len: int, too_long: str) -> tuple[Part, dict]:
         }  # fmt: skip
     if part.middle is not None:
         return _fit_pairs(part, seq_len, facts)
+    if tokens.kind == "task" and too_long == "cut" and (lengths > seq_len).any():
+        raise UserError(
+            f"source {tokens.name}: examples of up to {lengths.max()} tokens do not fit into {seq_len}, and cut short "
+            "they ask for nothing; raise seq_len, shorten them by `options:`, or say data.too_long: drop"
+        )
     stop = part.stop.copy()
     keep = np.ones(len(lengths), bool)
     supervised, cut, stopped = 0, 0, 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from convert.command import GATES, load_tokenizer
-from convert.layouts import FULL, LINEAR, Layout, parse_layout
+from convert.layouts import FULL, LINEAR, parse_layout
 from convert.staging import Staging
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.errors import UserError
@@ -21,7 +21,7 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
     """(configuration, tokenizer) of the student. Raises UserError for a layout, shape or tokenizer that cannot be."""
     tokenizer = _tokenizer(wish)
     layout = parse_layout(wish.hybrid, [FULL] * wish.layers)
-    _check_heads(wish, layout)
+    _check_heads(wish)
     read_gate, output_gate = GATES[wish.gate]
     config = DeltaNetConfig(
         vocab_size=len(tokenizer),
@@ -62,14 +62,14 @@ def _tokenizer(wish: New):
     return tokenizer
 
 
-def _check_heads(wish: New, layout: Layout) -> None:
+def _check_heads(wish: New) -> None:
     if wish.head_dim is None and wish.hidden_size % wish.heads:
         raise UserError(f"student.new.heads: {wish.heads} do not divide hidden_size {wish.hidden_size}; say head_dim")
     if wish.heads % (wish.kv_heads or wish.heads):
         raise UserError(f"student.new.kv_heads: {wish.kv_heads} do not divide the {wish.heads} heads")
     head_dim = wish.head_dim or wish.hidden_size // wish.heads
-    if head_dim % 2 and len(layout.linear) < wish.layers:
-        raise UserError(f"student.new.head_dim: {head_dim} is odd; attention turns pairs of numbers, so make it even")
+    if head_dim % 2:
+        raise UserError(f"student.new.head_dim: {head_dim} is odd; RoPE turns pairs of numbers, so make it even")
 
 
 def write_new(wish: New, folder: Path) -> None:
