@@ -16,6 +16,7 @@ SPAN, CUE = 32, 8  # of repeat: tokens of the passage, and those of its copy tha
 PASSWORD = 5
 SENTENCE = 12  # words of the sentence that surrounds a passkey again and again
 A_VALUE = "a value, whatever its key"
+A_NEW_VALUE = "a value not given yet, whatever its key"
 
 
 def repeat(rng: random.Random, vocabulary: Vocabulary, *, distance: int = 64) -> Example:
@@ -112,7 +113,8 @@ def mqar(
     asking for its value, in slots of two tokens that are drawn with a probability proportional to slot^(power - 1); the
     other slots hold a blank word. Keys and values are different halves of the words, without repetition.
 
-    In the original the token after a key that asks is random; here it is the value, as text has it.
+    In the original the token after a key that asks is random; here it is the value, as text has it. So who strikes out
+    the values given so far needs no keys to be right in 1/pairs of the first answers, and in all of the last ones.
     """
     slots = (length - len(vocabulary.opening) - 2 * pairs) // 2
     if pairs < 1 or slots < pairs:
@@ -132,7 +134,8 @@ def mqar(
     known = [word for pair in zip(keys, values) for word in pair]
     start = len(vocabulary.opening) + 2 * pairs + 1
     answers = tuple((start + 2 * slot, start + 2 * slot + 1) for slot in sorted(drawn))
-    return Example((*vocabulary.opening, *known, *tail), answers, guesses={A_VALUE: 1 / pairs})
+    guesses = {A_VALUE: 1 / pairs, A_NEW_VALUE: sum(1 / left for left in range(1, pairs + 1)) / pairs}
+    return Example((*vocabulary.opening, *known, *tail), answers, guesses=guesses)
 
 
 RECALL = (

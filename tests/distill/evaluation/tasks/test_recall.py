@@ -5,7 +5,7 @@ from task_models import TOKENIZER
 
 from deltanet.errors import UserError
 from distill.evaluation.tasks import TASKS
-from distill.evaluation.tasks.recall import A_VALUE, CUE, PASSWORD, SPAN
+from distill.evaluation.tasks.recall import A_NEW_VALUE, A_VALUE, CUE, PASSWORD, SPAN
 
 
 def made(name, n=30, **options):
@@ -22,7 +22,12 @@ def test_mqar_asks_every_key_once_for_its_value(length, pairs):
         asked = [example.ids[start - 1] for start, _ in example.answers]
         assert sorted(asked) == sorted(table)
         assert [example.ids[start] for start, _ in example.answers] == [table[key] for key in asked]
-        assert example.guesses == {A_VALUE: 1 / pairs}
+        values, struck = list(table.values()), []
+        for start, _ in example.answers:
+            left = [value for value in values if value not in example.ids[2 * pairs : start]]
+            struck.append(1 / len(left))
+        assert example.guesses[A_VALUE] == 1 / pairs
+        assert example.guesses[A_NEW_VALUE] == pytest.approx(sum(struck) / pairs)
         slots += [(start - 1 - 2 * pairs) // 2 for start, _ in example.answers]
     if 4 * pairs < length:  # queries crowd right behind the pairs: a uniform draw would have a mean of half the slots
         assert sum(slots) / len(slots) < 0.45 * (length - 2 * pairs) / 2
