@@ -37,7 +37,7 @@ class PlainMixer(DeltaMixer):
     def read(self, q, k, v, beta, g, cu_seqlens=None, state=None, return_state=False):
         q, k, v = (part.transpose(1, 2).float() for part in (q, self.expand(k), self.expand(v)))
         scores = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
-        return (scores @ v / scores.sum(-1, keepdim=True)).transpose(1, 2), None
+        return (scores @ v / scores.sum(-1, keepdim=True).clamp_min(1e-6)).transpose(1, 2), None
 
 
 def build(mixer: str, args: argparse.Namespace, vocab_size: int) -> DeltaNetForCausalLM:
