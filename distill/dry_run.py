@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from convert.command import GATES, load_tokenizer
+from convert.command import load_tokenizer
 from convert.families import teacher_config
 from convert.layouts import parse_layout
 from convert.plan import student_config
@@ -19,7 +19,7 @@ from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.errors import UserError
 
 from .convert_step import config_after
-from .new_student import plan_new
+from .new_student import mixer_fields, plan_new
 from .prepare import StagePlan, check_tokenizer, plan_stages, prepare
 from .schema import Recipe
 from .trainable import parameter_groups, trained_names
@@ -76,18 +76,7 @@ def _student(recipe: Recipe, teacher: DeltaNetConfig) -> DeltaNetConfig:
     if wish is None:
         raise UserError(f"student.model: {folder} is no checkpoint (no config.json), and no `convert:` makes it")
     layout = parse_layout(wish.hybrid, teacher.layer_types, teacher.sliding_window)
-    read_gate, output_gate = GATES[wish.gate]
-    return student_config(
-        teacher,
-        layout,
-        mixer=wish.mixer,
-        state_heads=wish.state_heads,
-        skip_taps=wish.skip_conv,
-        conv_kernel=wish.conv,
-        beta_max=wish.beta_range,
-        read_gate=read_gate,
-        output_gate=output_gate,
-    )
+    return student_config(teacher, layout, **mixer_fields(wish))
 
 
 def _parameters(config: DeltaNetConfig) -> dict[str, torch.nn.Parameter]:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from convert.command import GATES, load_tokenizer
+from convert.command import load_tokenizer, mixer_options
 from convert.layouts import FULL, LINEAR, parse_layout
 from convert.staging import Staging
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.errors import UserError
 
 from .evaluation.tasks.words import word_tokenizer
-from .schema import New
+from .schema import Mixer, New
 
 
 def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
@@ -22,7 +22,6 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
     tokenizer = _tokenizer(wish)
     layout = parse_layout(wish.hybrid, [FULL] * wish.layers)
     _check_heads(wish)
-    read_gate, output_gate = GATES[wish.gate]
     config = DeltaNetConfig(
         vocab_size=len(tokenizer),
         hidden_size=wish.hidden_size,
@@ -38,16 +37,15 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
         layer_types=list(layout.layer_types),
         sliding_window=layout.window,
         rope_layers=[kind != LINEAR for kind in layout.layer_types],
-        mixer=wish.mixer,
-        state_heads=wish.state_heads,
-        skip_taps=wish.skip_conv,
-        conv_kernel=wish.conv,
-        beta_max=wish.beta_range,
-        read_gate=read_gate,
-        output_gate=output_gate,
+        **mixer_fields(wish),
         initializer_range=wish.hidden_size**-0.5,  # a matrix then keeps the size of what it reads
     )
     return config, tokenizer
+
+
+def mixer_fields(wish: Mixer) -> dict:
+    """The fields of DeltaNetConfig that a recipe's section of mixer options decides."""
+    return mixer_options(wish.mixer, wish.state_heads, wish.skip_conv, wish.conv, wish.gate, wish.beta_range)
 
 
 def _tokenizer(wish: New):

@@ -15,7 +15,7 @@ from deltanet.errors import UserError
 from .data import Corpus, Part, Report, chosen, split, whole
 from .onpolicy import prompt_corpus
 from .packing import Sequence
-from .recipe import stage_sources
+from .recipe_rules import stage_sources
 from .schedules import Schedule
 from .schema import Recipe, Source, Stage
 from .teacher_text import planned

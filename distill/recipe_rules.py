@@ -1,0 +1,182 @@
+"""The rules of a recipe that join several keys; what a single key may be is in `schema.py`.
+
+Twin: tests/distill/test_recipe.py.
+"""
+
+from collections.abc import Iterator
+
+from deltanet.errors import UserError, nearest
+
+from .schema import LOSSES_OF, WITHOUT_TEACHER, Recipe, Source, Stage, has_key
+from .yaml_lines import KeyPath
+
+Broken = Iterator[tuple[KeyPath, str]]
+MISSING = "missing"
+# Keys of DeepSpeed's configuration that other keys of a recipe decide.
+_OWNED = {
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.batch_size and training.micro_batch_size",
+    "gradient_clipping": "stages.N.clip",
+    "optimizer": "stages.N.lr, weight_decay and adam_betas",
+    "scheduler": "stages.N.schedule",
+    "bf16": "training.dtype",
+    "fp16": "training.dtype",
+    "zero_optimization.stage": "deepspeed.stage",
+    "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param": "deepspeed.offload_parameters",
+}
+
+
+def stage_sources(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
+    """The names of the sources a stage reads: those it says, else all that it can read."""
+    return stage.sources or tuple(source.name for source in recipe.data.sources if _reads(stage, source))
+
+
+def _reads(stage: Stage, source: Source) -> bool:
+    return (source.kind == "preference") == (stage.kind == "dpo")
+
+
+def broken_rules(recipe: Recipe) -> Broken:
+    """Where each rule is broken, and what to say of it."""
+    yield from _check_models(recipe)
+    names = [source.name for source in recipe.data.sources]
+    for part, sources in (("data", recipe.data.sources), ("evaluation", recipe.evaluation.sources)):
+        for index, source in enumerate(sources):
+            path = (part, "sources", index)
+            if [source.path, source.dataset, source.from_teacher, source.task].count(None) != 3:
+                yield (
+                    path,
+                    "say `path:` (local files), `dataset:` (of the Hub), `from_teacher:` or `task:`, one of them",
+                )
+            if source.from_teacher is not None and recipe.teacher is None:
+                yield (*path, "from_teacher"), "there is no teacher to write it"
+            yield from _check_task(source, path)
+            if source.from_teacher is not None and source.kind == "preference":
+                yield (*path, "kind"), "the teacher writes texts and chats; `from_teacher:` makes no preferences"
+            if source.dataset is None and (source.config or source.revision):
+                yield path, "`config:` and `revision:` belong to `dataset:`"
+    written = [source.name for source in recipe.data.sources if source.from_teacher is not None]
+    for index, source in enumerate(recipe.evaluation.sources):
+        if source.from_teacher is not None and source.name in written:
+            yield ("evaluation", "sources", index, "name"), f"{source.name!r} is the very text that the stages train " \
+                "on; what the teacher writes follows from the name, so give it a name of its own"  # fmt: skip
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield ("data", "sources", index, "name"), f"{name!r} names two sources; give each a name of its own"
+    weights = [source.weight is None for source in recipe.data.sources]
+    if any(weights) and not all(weights):
+        yield ("data", "sources", weights.index(True)), "give every source a weight, or none"
+    if not recipe.stages:
+        yield ("stages",), "no stage to run"
+    if not recipe.data.sources:
+        yield ("data", "sources"), "no source of text"
+    for index, stage in enumerate(recipe.stages):
+        yield from _check_stage(recipe, stage, ("stages", index), names)
+    seen = [stage.name for stage in recipe.stages]
+    for index, name in enumerate(seen):
+        if name in seen[:index]:
+            yield ("stages", index, "name"), f"{name!r} names two stages"
+    for key in recipe.deepspeed.extra:
+        if key in _OWNED:
+            yield ("deepspeed", "extra", key), f"decided by {_OWNED[key]}, not here"
+    zero = recipe.deepspeed.extra.get("zero_optimization", {})
+    for key in zero if isinstance(zero, dict) else ():
+        if f"zero_optimization.{key}" in _OWNED:
+            owner = _OWNED[f"zero_optimization.{key}"]
+            yield ("deepspeed", "extra", "zero_optimization", key), f"decided by {owner}, not here"
+    if recipe.deepspeed.offload_parameters != "none" and recipe.deepspeed.stage != 3:
+        yield ("deepspeed", "offload_parameters"), "needs deepspeed.stage 3"
+    if recipe.deepspeed.offload_optimizer != "none" and recipe.deepspeed.stage == 0:
+        yield ("deepspeed", "offload_optimizer"), "needs deepspeed.stage 1, 2 or 3"
+
+
+def _check_models(recipe: Recipe) -> Broken:
+    student = recipe.student
+    if student.model is None and student.convert is None and student.new is None:
+        yield (
+            ("student",),
+            "say `model:` (a folder), `convert:` (how to make one of a teacher) or `new:` (from nothing)",
+        )
+    if student.new is not None and (recipe.teacher is not None or student.convert is not None):
+        other = "convert" if student.convert is not None else "teacher"
+        yield ("student", "new"), f"a student from nothing has no teacher; leave out `{other}:`, or `new:`"
+    if recipe.teacher is not None:
+        return
+    if student.new is None:
+        yield ("teacher",), MISSING
+    for index, stage in enumerate(recipe.stages):
+        if stage.kind in ("align", "convert_step"):
+            yield ("stages", index, "kind"), f"a stage of kind {stage.kind} needs a `teacher:`"
+        for place, loss in enumerate(stage.losses):
+            if stage.kind != "align" and loss.name not in WITHOUT_TEACHER:
+                allowed = ", ".join(name for name in LOSSES_OF[stage.kind] if name in WITHOUT_TEACHER)
+                rest = f"; without one allowed: {allowed}" if allowed else ""
+                yield ("stages", index, "losses", place, "name"), f"{loss.name!r} needs a `teacher:`{rest}"
+
+
+def _check_task(source: Source, path: KeyPath) -> Broken:
+    if source.task is None:
+        for key in ("options", "documents", "seed"):
+            # A recipe that was shown names every key, so a default is no mistake.
+            if getattr(source, key) != Source.model_fields[key].default:
+                yield (*path, key), f"`{key}:` belongs to `task:`"
+        if source.kind == "task":
+            yield (*path, "kind"), "say which `task:`"
+        return
+    from .evaluation.tasks import TASKS
+
+    if source.task not in TASKS:
+        yield (
+            (*path, "task"),
+            f"{source.task!r} is no task{nearest(source.task, list(TASKS))}; tasks: {', '.join(TASKS)}",
+        )
+        return
+    if source.kind != "task":
+        yield (*path, "kind"), f"a task is no {source.kind}; leave `kind:` out"
+    if source.documents is None:
+        yield (*path, "documents"), "say how many examples of the task"
+    try:
+        TASKS[source.task].options(source.options)
+    except UserError as error:
+        yield (*path, "options"), str(error)
+
+
+def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> Broken:
+    for key in sorted(key for key in stage.model_fields_set if not has_key(stage.kind, key)):
+        keys = [name for name in type(stage).model_fields if has_key(stage.kind, name)]
+        yield (*path, key), f"a {stage.kind} stage has no such key; allowed: {', '.join(keys)}"
+    if stage.kind == "convert_step":
+        if stage.hybrid is None:
+            yield (*path, "hybrid"), "say which layers keep attention"
+    elif (stage.steps is None) == (stage.tokens is None):
+        yield path, "say `steps:` or `tokens:`, one of them"
+    for index, loss in enumerate(stage.losses):
+        allowed = LOSSES_OF[stage.kind]
+        if loss.name not in allowed:
+            yield (*path, "losses", index, "name"), f"{loss.name!r} is no loss of a {stage.kind} stage; " \
+                f"allowed: {', '.join(allowed)}"  # fmt: skip
+    if not stage.losses and stage.kind != "convert_step":
+        yield (*path, "losses"), "no loss to train on"
+    if stage.kind == "onpolicy" and recipe.deepspeed.stage == 3:
+        yield (*path, "kind"), "an onpolicy stage runs under deepspeed.stage 0, 1 or 2: under 3 each token that the " \
+            "student writes would gather all its parameters"  # fmt: skip
+    seq_len = stage.seq_len or recipe.data.seq_len
+    if stage.kind == "onpolicy" and stage.completion_tokens >= seq_len:
+        yield (*path, "completion_tokens"), f"{stage.completion_tokens} leaves no room for a prompt in {seq_len} tokens"
+    if stage.kind == "dpo" and len(stage.losses) > 1:
+        yield (*path, "losses"), f"a dpo stage has one loss, not {len(stage.losses)}"
+    readable = [source.name for source in recipe.data.sources if _reads(stage, source)]
+    if not readable and names:
+        kind = "`kind: preference`" if stage.kind == "dpo" else "text or chats"
+        yield path, f"no source for a {stage.kind} stage, which reads {kind}"
+    for index, name in enumerate(stage.sources):
+        if name not in readable:
+            what = f"is no source that a {stage.kind} stage can read" if name in names else "is no source"
+            yield (*path, "sources", index), f"{name!r} {what}; allowed: {', '.join(readable)}{nearest(name, readable)}"
+    batch = stage.batch_size or recipe.training.batch_size
+    micro = stage.micro_batch_size or recipe.training.micro_batch_size
+    if batch % micro:
+        yield path, f"its batch of {batch} sequences is no multiple of its micro-batch of {micro}"
+    if stage.steps is not None and stage.warmup_steps > stage.steps:
+        yield (*path, "warmup_steps"), f"{stage.warmup_steps} is more than the stage's {stage.steps} steps"
