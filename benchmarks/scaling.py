@@ -9,7 +9,8 @@ against one GPU of the same host in the same run. `--tiny` runs everything on CP
 Model FLOPs of a token (`flops_per_token`): 6 x the student's matrix parameters (forward and backward), 2 x the
 teacher's, the heads included; causal softmax attention 2 T HQ hd a token and layer forward, three times that with
 backward; the delta rule 6 HQ hd^2 a token and layer forward, three times that with backward. What activation
-checkpointing computes twice counts once. Peak of an H100: 989 TFLOP/s (bfloat16, dense).
+checkpointing computes twice counts once; T is the mean length of a document, a third of the
+sequence. Peak of an H100: 989 TFLOP/s (bfloat16, dense).
 """
 
 import argparse

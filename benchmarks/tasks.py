@@ -1,6 +1,6 @@
 """Small models trained from nothing on a generated task, one for each mixer, all of one shape, on the same examples.
 
-    python benchmarks/tasks.py --task mqar --options length=64 pairs=8 --mixers delta plain --steps 1000
+    python -m benchmarks.tasks --task mqar --options length=64 pairs=8 --mixers delta plain --steps 1000
 
 Mixers: attention, swa (every layer in a window of --window), delta, gated_delta, global2 (gated_delta, attention in
 layers 1 and N // 2), and plain: linear attention without the delta rule, S_t = S_(t-1) + phi(k_t) v_t^T with
