@@ -42,6 +42,10 @@ ABLATION = {
     "4 skip taps": ({"skip_taps": 4}, {}),
     "8 skip taps": ({"skip_taps": 8}, {}),
     "16 skip taps": ({"skip_taps": 16}, {}),
+    "first token as any other": ({"exact_start": False}, {}),
+    "first token counts once": ({}, {"start_weight": 0.0}),
+    "first token counts 17 times": ({}, {"start_weight": 16.0}),
+    "first token counts 257 times": ({}, {"start_weight": 256.0}),
     "output projection as the teacher's": ({}, {"refit_output": False}),
     "no coordinate descent": ({}, {"sweeps": 0}),
     "fitted on the teacher's stream": ({}, {"sequential": False}),
@@ -83,6 +87,7 @@ def main() -> None:
     parser.add_argument("--calibrate", nargs="+", default=["self"], metavar="TEXT", help="files, or self")
     parser.add_argument("--measure", nargs="+", required=True, metavar="TEXT", help="files that nothing is fitted on")
     parser.add_argument("--table", choices=("goals", "ablation"), default="goals")
+    parser.add_argument("--only", nargs="+", help="rows of the ablation, by name")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
     parser.add_argument("--skip-conv", type=int, default=4)
     parser.add_argument("--effort", choices=EFFORTS, default="full")
@@ -107,6 +112,8 @@ def main() -> None:
     print("| layout | what | seconds | explained | " + " | ".join(f"{name}: x (KL)" for name in texts) + " |")
     print("| --- | --- | --- | --- |" + " --- |" * len(texts))
     rows = {"plain copy": None, "calibrated": ({}, {})} if arguments.table == "goals" else ABLATION
+    if arguments.only:
+        rows = {name: rows[name] for name in arguments.only}
     for layout in arguments.layouts:
         for what, change in rows.items():
             mixer, fit = ({}, {}) if change is None else change

@@ -101,13 +101,15 @@ def _fit_layer(layer, attention, own, block, outputs, settings) -> dict:
     rotation = stream.rotation(layer)
     metric = head_metric(mixer.o_proj.weight, config.num_attention_heads)
     found = _search(layer, attention, own, mixer, metric, settings)
+    first = int(config.exact_start)  # of a window's first token nothing is left to fit
 
     products, inputs = SourceProducts(metric), []
     for rows in attention.rows():
         context, outputs[rows] = attention.mix(layer, attention.mixer_input(layer, rows))
         x = stream.mixer_input(layer, rows)
-        products.add(*_sources(mixer, x, rotation, context.unflatten(-1, heads)))
-        inputs.append(x.flatten(0, 1))
+        sources, target = _sources(mixer, x, rotation, context.unflatten(-1, heads))
+        products.add([source[:, first:] for source in sources], target[:, first:])
+        inputs.append(x[:, first:].flatten(0, 1))
     pairs, targets = products.take()
     depends = settings.data_dependent and (config.read_gate or config.skip_taps > 0)
     weight, bias = fit_gates(torch.cat(inputs), pairs, targets, settings.gate_ridge, data_dependent=depends)
@@ -122,6 +124,8 @@ def _fit_layer(layer, attention, own, block, outputs, settings) -> dict:
             if own is not None and settings.catch_up:
                 wanted = wanted + settings.catch_up * (attention.hidden[rows] - own.hidden[rows])
             fit.add(features, wanted)
+            if config.exact_start:
+                fit.add(features[:, :1], wanted[:, :1], weight=settings.start_weight)
         fit.solve(settings.output_ridge)
 
     return {"layer": layer, "half_life": found.half_life, "beta": found.beta}

@@ -150,7 +150,8 @@ def student_config(teacher: DeltaNetConfig, layout: Layout, **mixer) -> DeltaNet
     settings = teacher.to_dict()
     for key in ("model_type", "transformers_version", "architectures"):
         settings.pop(key, None)
-    settings |= {"layer_types": list(layout.layer_types), "sliding_window": layout.window, **mixer}
+    settings |= {"layer_types": list(layout.layer_types), "sliding_window": layout.window}
+    settings |= {"exact_start": True, **mixer}
     config = DeltaNetConfig(**settings)
     config.architectures = ["DeltaNetForCausalLM"]
     return config

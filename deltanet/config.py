@@ -34,6 +34,7 @@ class DeltaNetConfig(PreTrainedConfig):
     conv_kernel: a causal depthwise convolution over q, k and v, identity at the start; 0 switches it off.
     output_gate: a sigmoid gate per channel on what is read, 1 at the start.
     head_norm: an RMS norm per head on what the mixer reads, before the output projection.
+    exact_start: the first token of a document passes its own value, as softmax attention over one token does.
     format_version: layout of the checkpoint; a newer one than this code knows is refused.
     """
 
@@ -75,6 +76,7 @@ class DeltaNetConfig(PreTrainedConfig):
     conv_kernel: int = 0
     output_gate: bool = False
     head_norm: bool = False
+    exact_start: bool = False
 
     source_model_type: str | None = None
     format_version: int = FORMAT_VERSION

@@ -52,6 +52,13 @@ class History:
         slot = (self.reach + self.offset - j).clamp(0, self.reach - 1)
         return torch.where(inside, shifted, self.past[self.document, slot][None])
 
+    def is_first(self, new: torch.Tensor | None = None) -> torch.Tensor:
+        """(1, T) bool: the first token of a document; with `new` (N,) bool only of those documents."""
+        if self.cu_seqlens is None:
+            return (torch.arange(self.x.shape[1], device=self.x.device) == 0)[None]
+        first = self.offset == 0
+        return (first if new is None else first & new[self.document])[None]
+
     def latest(self) -> torch.Tensor:
         """(N, C, reach): the last vectors of every document, oldest first, to be the `past` of what follows."""
         if self.cu_seqlens is None:

@@ -7,6 +7,7 @@
 
 `read` and `skip` are one scalar per query head (and tap), linear in x, 1 and 0 in a plain copy. Query head h of
 key/value head h // group reads state h // group (`shared`) or h (`expanded`). The operation is `deltanet.ops`.
+With `exact_start` the first token of a document makes y_0 = W_o v_0 + bias, which is what softmax over one token makes.
 
 Shapes: B batch, T tokens, D hidden size, HQ query heads, KV key/value heads, hd head size, J taps.
 """
@@ -236,14 +237,21 @@ class DeltaMixer(nn.Module):
         q, k, v, conv_memory = self.project(x, position_embeddings, conv_past, cu_seqlens)
         skipped = History(v.flatten(2), self.skip_reach, skip_past, cu_seqlens)
         beta, g = self.strengths(x)
+        is_first = self._first_tokens(layer, skipped) if self.config.exact_start else None
         in_place = state is not None and cu_seqlens is None and x.shape[1] <= LONGEST_STEP
         if in_place and not torch.is_grad_enabled():
-            z = delta_rule_step_(q, self.expand(k), self.expand(v), beta, state, g=g, scale=1.0, normalize_qk=True)
+            z, final = (
+                delta_rule_step_(q, self.expand(k), self.expand(v), beta, state, g=g, scale=1.0, normalize_qk=True),
+                None,
+            )
         else:
             z, final = self.read(q, k, v, beta, g, cu_seqlens, state, return_state=layer is not None)
-            if layer is not None:
+        o = self.combine(x, z.to(x.dtype), skipped)
+        if is_first is not None:
+            o = torch.where(is_first[..., None], v.repeat_interleave(self.group, dim=2).flatten(2), o)
+        if layer is not None:  # only now, since `skipped` may look back into the cache's own tensor
+            if final is not None:
                 self._store(layer, "recurrent_states", final)
-        if layer is not None:
             skip_memory = skipped.latest() if self.skip_reach else None
             memories = [m for m in (conv_memory if self.conv_reach else None, skip_memory) if m is not None]
             if memories:
@@ -251,7 +259,17 @@ class DeltaMixer(nn.Module):
                 self._store(layer, "conv_states", torch.cat([F.pad(m, (reach - m.shape[2], 0)) for m in memories], 1))
             layer.has_previous_state[0] = True
             layer.device = x.device
-        return self.o_proj(self.combine(x, z.to(x.dtype), skipped))
+        return self.o_proj(o)
+
+    @staticmethod
+    def _first_tokens(layer, history: History) -> torch.Tensor | None:
+        """(1, T), which tokens have none before them in their document; None where no token can be one."""
+        if layer is None or not layer.has_previous_state[0]:
+            return history.is_first()
+        if history.cu_seqlens is None:
+            return None
+        # Of padded rows that go on from a cache, those whose state is still empty had nothing but padding so far.
+        return history.is_first(~layer.recurrent_states[0].flatten(1).any(1))
 
     @staticmethod
     def _store(layer, kind: str, value: torch.Tensor) -> None:

@@ -25,7 +25,7 @@ from .data import Corpus
 from .schema import Stage
 
 _MIXER = ("mixer", "state_heads", "beta_max", "skip_taps", "read_gate", "mixer_bias", "conv_kernel", "output_gate",
-          "head_norm")  # fmt: skip
+          "head_norm", "exact_start")  # fmt: skip
 
 
 def config_after(stage: Stage, config: DeltaNetConfig) -> DeltaNetConfig:

@@ -16,13 +16,13 @@ class OutputFit:
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.cross = torch.zeros(width, o_proj.out_features, dtype=torch.float64, device=device)
 
-    def add(self, features: torch.Tensor, wanted: torch.Tensor) -> None:
-        """features (n, T, width) as o_proj gets them, wanted (n, T, D)."""
+    def add(self, features: torch.Tensor, wanted: torch.Tensor, weight: float = 1.0) -> None:
+        """features (n, T, width) as o_proj gets them, wanted (n, T, D); each token counts as `weight` tokens."""
         features = features.reshape(-1, features.shape[-1])
         if self.o_proj.bias is not None:
             features = torch.cat([features, features.new_ones(len(features), 1)], 1)
-        self.gram += (features.T @ features).double()
-        self.cross += (features.T @ wanted.reshape(len(features), -1)).double()
+        self.gram += weight * (features.T @ features).double()
+        self.cross += weight * (features.T @ wanted.reshape(len(features), -1)).double()
 
     def solve(self, strength: float) -> None:
         """Puts the solution into the projection, pulled towards what it holds now."""

@@ -21,6 +21,8 @@ class Settings:
     sequential: layers are fitted on the student's own stream; else on the teacher's, each by itself. None: where the
         student keeps attention layers, which suffer most from the errors of the linear layers before them.
     catch_up: share of the error that earlier layers left in the student's stream which this layer is to make good.
+    start_weight: how many further tokens the first of a window counts for in the output projection, where the mixer
+        passes it exactly (`exact_start`): later attention looks at it when it looks at nothing.
     half_lives, betas: the coarse grid of the search, in tokens and as shares of the largest write strength.
     sweeps: rounds of coordinate descent after the grid.
     search_windows, search_length: how much text the search sees.
@@ -35,6 +37,7 @@ class Settings:
     output_ridge: float = 1.0
     sequential: bool | None = None
     catch_up: float = 1.0
+    start_weight: float = 64.0
     half_lives: tuple[float, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1e9)
     betas: tuple[float, ...] = (0.02, 0.1, 0.25, 0.5, 0.75, 0.95)
     sweeps: int = 2

@@ -16,6 +16,7 @@ VARIANTS = {
     "conv-longer-than-taps": {"conv_kernel": 4, "skip_taps": 2},
     "bare": {"skip_taps": 0, "read_gate": False, "mixer_bias": False},
     "one-tap": {"skip_taps": 1},
+    "exact-start": {"exact_start": True},
     "qwen3-like": {"qk_norm": "head", "qkv_bias": True},
 }
 EXACT = 1e-5  # float32 logits of order 1 to 10
@@ -71,7 +72,7 @@ def test_a_copied_cache_continues_without_touching_its_sibling():
 def test_padding_is_a_no_op_for_logits_and_for_what_follows(layout, side):
     # transformers' sliding windows count columns, padding included: inside padding, keep it within one window.
     window = {"sliding_window": 16} if (layout, side) == ("swa", "inside") else {}
-    model = tiny_model(layout, conv_kernel=3, **window)
+    model = tiny_model(layout, conv_kernel=3, exact_start=True, **window)
     lengths, width = (3, 9, 1, 7), 9
     rows = [tokens(1, n, seed=n) for n in lengths]
     next_ids = tokens(len(rows), 1, seed=77)
@@ -103,3 +104,17 @@ def test_padding_leaves_no_trace_in_the_state():
     for a, b in zip(alone.layers, cache.layers):
         assert (a.recurrent_states[0] - b.recurrent_states[0]).abs().max() < 1e-6
         assert (a.conv_states[0] - b.conv_states[0]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5])
+@torch.no_grad()
+def test_a_row_that_begins_after_a_first_chunk_of_padding_has_its_first_token_there(cut):
+    model, rows, width = tiny_model("global", exact_start=True), (tokens(1, 8), tokens(1, 5, seed=4)), 8
+    ids, mask = torch.full((2, width), 5), torch.zeros(2, width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - row.shape[1] :], mask[i, width - row.shape[1] :] = row[0], 1
+    first, cache = run(model, ids[:, :cut], attention_mask=mask[:, :cut])
+    second, _ = run(model, ids[:, cut:], cache, attention_mask=mask)
+    logits = torch.cat([first, second], 1)
+    for i, row in enumerate(rows):
+        assert (logits[i][mask[i].bool()] - model(row, use_cache=False).logits[0]).abs().max() < EXACT

@@ -14,7 +14,7 @@ def boundaries(*lengths: int) -> torch.Tensor:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_packed_equals_separate(layout, attention):
-    model = tiny_model(layout, conv_kernel=3)
+    model = tiny_model(layout, conv_kernel=3, exact_start=True)
     model.set_attn_implementation(attention)
     lengths = (5, 1, 20, 0, 2, 70, 1)
     documents = [tokens(1, n, seed=i) for i, n in enumerate(lengths)]
@@ -25,7 +25,7 @@ def test_packed_equals_separate(layout, attention):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_of_the_second_document_with_respect_to_the_first_is_exactly_zero(layout):
-    model, ids = tiny_model(layout, conv_kernel=3), tokens(1, 40)
+    model, ids = tiny_model(layout, conv_kernel=3, exact_start=True), tokens(1, 40)
     embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
     logits = model(inputs_embeds=embeds, cu_seqlens=boundaries(17, 23)).logits
     logits[:, 17:].logsumexp(-1).sum().backward()
