@@ -69,6 +69,21 @@ def test_attention_that_sees_only_its_own_token_is_reproduced_exactly(teacher, w
     assert divergence(alone, student, windows[1]) < 1e-4
 
 
+@torch.no_grad()
+def test_the_first_token_is_the_teachers_own(teacher, windows):
+    """Softmax over one token is its value: exactly so with the teacher's output projection, nearly with a fitted one."""
+    fit, held_out = windows
+    wanted = teacher(held_out).logits[:, 0].softmax(-1)
+    errors = []
+    for changes in ({"refit_output": False}, {}, {"start_weight": 0.0}):
+        student = fresh_student(teacher, "none")
+        calibrate(teacher, student, fit, Settings(**{**vars(FAST), **changes}))
+        errors.append((student(held_out).logits[:, 0].softmax(-1) - wanted).abs().sum(-1).mean())
+    exact, weighed, unweighed = errors
+    assert exact < 1e-4
+    assert weighed < unweighed
+
+
 def test_only_new_tensors_and_output_projections_of_linear_layers_change(teacher, calibrated):
     student, _ = calibrated
     before = fresh_student(teacher, "every:3").state_dict()
