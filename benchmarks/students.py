@@ -39,6 +39,12 @@ def run(row: dict, table: dict, overrides: list[str], folder: Path, teacher: str
         arguments += ["--tasks", *(table["tasks"] if index == 0 else ["none"]), "-o", str(folder / "eval" / text)]
         if not call("eval_main", arguments + table.get("options", []), folder / "eval.log"):
             return "evaluation"
+    if "questions" in table:
+        arguments = [str(folder / "run" / "export"), teacher, "--questions", table["questions"]]
+        command = [sys.executable, "-m", "benchmarks.chats", *arguments, "--out", str(folder / "chats.json")]
+        with (folder / "eval.log").open("a") as log:
+            if subprocess.run(command, stdout=log, stderr=log).returncode:
+                return "evaluation"
     (folder / "seconds.json").write_text(json.dumps({"distil": seconds, "all": time.monotonic() - began}))
     return None
 
@@ -60,6 +66,9 @@ def figures(folder: Path, table: dict) -> tuple[dict[str, str], dict[str, str]]:
                 columns[name] = f"{found['accuracy']:.3f} ± {found['stderr']:.3f}"
                 for level, figure in found.get("by_level", {}).items():
                     columns[f"{name} {level}"] = f"{figure['accuracy']:.3f}"
+    if "questions" in table:
+        chats = json.loads((folder / "chats.json").read_text())
+        student["same words in answers"] = f"{chats['agreement']:.3f} ± {chats['agreement_stderr']:.3f}"
     return student, teacher
 
 
