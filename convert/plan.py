@@ -146,12 +146,17 @@ def new_tensors(config: DeltaNetConfig, layer: int, dtype: torch.dtype) -> list[
 
 
 def student_config(teacher: DeltaNetConfig, layout: Layout, **mixer) -> DeltaNetConfig:
-    """The teacher's configuration with the layout's layers and the mixer's settings (fields of DeltaNetConfig)."""
+    """The teacher's configuration with the layout's layers and the mixer's settings (fields of DeltaNetConfig).
+
+    `exact_start` is on unless said otherwise, but not where nothing else scales what is read than the output
+    projection, which would then scale the first token's value too.
+    """
     settings = teacher.to_dict()
     for key in ("model_type", "transformers_version", "architectures"):
         settings.pop(key, None)
     settings |= {"layer_types": list(layout.layer_types), "sliding_window": layout.window}
-    settings |= {"exact_start": True, **mixer}
+    settings["exact_start"] = bool(mixer.get("read_gate", True) or mixer.get("skip_taps", True))
+    settings |= mixer
     config = DeltaNetConfig(**settings)
     config.architectures = ["DeltaNetForCausalLM"]
     return config
