@@ -71,7 +71,7 @@ def test_attention_that_sees_only_its_own_token_is_reproduced_exactly(teacher, w
 
 @torch.no_grad()
 def test_the_first_token_is_the_teachers_own(teacher, windows):
-    """Softmax over one token is its value: exactly so with the teacher's output projection, nearly with a fitted one."""
+    """Softmax over one token is its value: exact with the teacher's output projection, nearly so with a fitted one."""
     fit, held_out = windows
     wanted = teacher(held_out).logits[:, 0].softmax(-1)
     errors = []
