@@ -9,19 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .losses import TopK, normalised
 from .packing import IGNORED, Sequence
 
 
 @dataclass(frozen=True)
 class Batch:
     """N = all tokens of the micro-batch. input_ids, targets, position_ids (1, N) int64; real (1, N) bool, false at
-    padding; cu_seqlens (pieces + 1) int32. `targets` is already shifted: the next token, or IGNORED."""
+    padding; cu_seqlens (pieces + 1) int32. `targets` is already shifted: the next token, or IGNORED. top_k, with a
+    cache of the teacher: a row for each target, in their order."""
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     position_ids: torch.Tensor
     real: torch.Tensor
     cu_seqlens: torch.Tensor
+    top_k: TopK | None = None
 
 
 def make_batch(sequences: Many[Sequence], device: torch.device | str = "cpu") -> Batch:
@@ -32,6 +35,14 @@ def make_batch(sequences: Many[Sequence], device: torch.device | str = "cpu") ->
     def row(values: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(values))[None].to(device, non_blocking=True)
 
+    def kept() -> TopK | None:
+        if any(sequence.top_k is None for sequence in sequences):
+            return None
+        ids, log_p, log_rest = map(np.concatenate, zip(*(sequence.top_k for sequence in sequences)))
+        ids = torch.from_numpy(ids.astype(np.int32)).to(device, non_blocking=True).long()
+        log_p, log_rest = (torch.from_numpy(x).to(device, non_blocking=True).float() for x in (log_p, log_rest))
+        return normalised(TopK(ids, log_p, log_rest))
+
     real = [np.arange(length) < sequence.num_tokens for length, sequence in zip(lengths, sequences)]
     bounds = [sequence.cu_seqlens[1:] + start for sequence, start in zip(sequences, starts)]
     return Batch(
@@ -40,6 +51,7 @@ def make_batch(sequences: Many[Sequence], device: torch.device | str = "cpu") ->
         position_ids=row([sequence.position_ids for sequence in sequences]),
         real=row(real),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], *bounds]).astype(np.int32)).to(device, non_blocking=True),
+        top_k=kept(),
     )
 
 

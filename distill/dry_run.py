@@ -1,7 +1,8 @@
 """What a run would do, without doing it: sources and tokens, stages in numbers, memory by ZeRO stage.
 
 Memory is counted, not measured: parameters, gradients, float32 masters and two moments of what is trained, the frozen
-rest and the teacher; activations, buffers and the chunk of logits come on top. Twin: tests/distill/test_dry_run.py.
+rest and the teacher, unless a cache on disk stands for it; activations, buffers and the chunk of logits come on top.
+Twin: tests/distill/test_dry_run.py.
 """
 
 import contextlib
@@ -19,8 +20,10 @@ from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.errors import UserError
 
 from .convert_step import config_after
+from .logit_cache import bytes_a_target, check_top_k
 from .new_student import mixer_fields, plan_new
 from .prepare import StagePlan, check_tokenizer, plan_stages, prepare
+from .recipe_rules import uses_cache
 from .schema import Recipe
 from .trainable import parameter_groups, trained_names
 from .world import World
@@ -64,6 +67,7 @@ def describe(recipe: Recipe, cache: Path) -> str:
     lines.append("\nstage         kind        steps  batch x length      tokens    epochs    trained")
     configs = list(itertools.accumulate(plans, lambda before, plan: config_after(plan.stage, before), initial=config))
     lines += [_stage_line(plan, after) for plan, after in zip(plans, configs[1:])]
+    lines += _cache_lines(recipe, plans, min((teacher or config).vocab_size, len(tokenizer)))
     lines.append(_memory(recipe, list(zip(plans, configs[1:])), teacher))
     return "\n".join(lines)
 
@@ -108,13 +112,30 @@ def _stage_line(plan: StagePlan, config: DeltaNetConfig) -> str:
     )
 
 
+def _cache_lines(recipe: Recipe, plans: list[StagePlan], vocab_size: int) -> list[str]:
+    """What the teacher's cache takes on disk; padding and what is no target take less."""
+    check_top_k(recipe, vocab_size)
+    kept = [plan for plan in plans if uses_cache(recipe, plan.stage)]
+    if not kept:
+        return []
+    top_k, tokens = recipe.teacher.cache.top_k, sum(plan.num_tokens for plan in kept)
+    each = bytes_a_target(top_k, vocab_size)
+    return [f"\nteacher on disk: its {top_k} likeliest tokens, {each} bytes a target; "
+            f"up to {tokens:,} targets, {_bytes(tokens * each)}"]  # fmt: skip
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+
+
 def _memory(recipe: Recipe, stages: list[tuple[StagePlan, DeltaNetConfig]], teacher: DeltaNetConfig | None) -> str:
-    """Gigabytes of one process, of 1 and of 8, for the stage that trains most."""
+    """What one process holds, of 1 and of 8, in the stage that trains most."""
     trained, config = max(((_trained(plan, config), config) for plan, config in stages), key=lambda pair: pair[0])
-    frozen, other = _count(config) - trained, _count(teacher) if teacher is not None else 0
+    is_held = teacher is not None and recipe.teacher.cache is None
+    frozen, other = _count(config) - trained, _count(teacher) if is_held else 0
     low = recipe.training.dtype == "bfloat16"
     lines = [
-        f"\nGB a process, counted ({recipe.training.dtype}; activations come on top)",
+        f"\nmemory a process, counted ({recipe.training.dtype}; activations come on top)",
         "ZeRO      1 process    8 processes",
     ]
     for zero in range(4):
@@ -125,7 +146,7 @@ def _memory(recipe: Recipe, stages: list[tuple[StagePlan, DeltaNetConfig]], teac
             gradients = trained * 4 / (size if zero >= 2 else 1)
             optimizer = trained * (8 + (4 if zero > 0 else 0)) / (size if zero >= 1 else 1)
             rest = frozen * (2 if cast else 4) / (size if zero == 3 else 1) + other * (2 if cast else 4)
-            figures.append((parameters + gradients + optimizer + rest) / 1e9)
+            figures.append(_bytes(parameters + gradients + optimizer + rest))
         mark = "  <- this recipe" if zero == recipe.deepspeed.stage else ""
-        lines.append(f"{zero:<6}{figures[0]:>13.2f}{figures[1]:>15.2f}{mark}")
+        lines.append(f"{zero:<6}{figures[0]:>13}{figures[1]:>15}{mark}")
     return "\n".join(lines)

@@ -7,7 +7,11 @@ With p the teacher's and q the student's distribution at temperature T, per vali
                                                         dz = T (1-b) q (log q - log m - KL(q|m))
   ce          -log q[target] at T = 1                   dz = q - onehot
 All in log space in float32 (float64 for float64), and divided by the *global* number of valid tokens, which the caller
-passes. Losses of hidden states and of preferences are in `hidden_losses.py`. Twin: tests/distill/test_losses.py.
+passes. Where only the teacher's k likeliest tokens P are known (`TopK`), all others are one event r, "none of these":
+  forward_kl  sum_P p (log p - log q) + p_r (log p_r - log q_r)    dz = q - p in P, q (1 - p_r / q_r) elsewhere
+at T = 1 alone. Merging events loses what they tell apart, so this is never above the full KL (data-processing
+inequality), and equals it where teacher and student agree on the ratios outside of P.
+Losses of hidden states and of preferences are in `hidden_losses.py`. Twin: tests/distill/test_losses.py.
 Legend: N positions, D width, V vocabulary.
 """
 
@@ -33,6 +37,41 @@ class Term:
     weight: float = 1.0
     temperature: float = 1.0
     beta: float = 0.5
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What a teacher says of n next tokens, as far as it was kept: ids (n, k) int64, all different in a row; log_p
+    (n, k) their log-probabilities; log_rest (n) that of all other tokens together, -inf where there is no other."""
+
+    ids: torch.Tensor
+    log_p: torch.Tensor
+    log_rest: torch.Tensor
+
+    def split(self, count: int) -> list["TopK"]:
+        """In `count` pieces, cut as `Tensor.tensor_split` does."""
+        pieces = (tensor.tensor_split(count) for tensor in (self.ids, self.log_p, self.log_rest))
+        return [TopK(*piece) for piece in zip(*pieces)]
+
+
+def normalised(kept: TopK) -> TopK:
+    """The same with probabilities that sum to 1, which rounding to float16 for the disk has moved a little."""
+    total = torch.cat([kept.log_p, kept.log_rest[:, None]], -1).logsumexp(-1)
+    return TopK(kept.ids, kept.log_p - total[:, None], kept.log_rest - total)
+
+
+def top_k_divergence(student: torch.Tensor, teacher: TopK) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward KL over the teacher's tokens and the rest (n), and its gradient (n, V) by the student's logits, at
+    least float32. student (n, V) logits, left as they are."""
+    log_q = _log_softmax(student, 1.0)
+    log_p, log_rest = teacher.log_p.to(log_q.dtype), teacher.log_rest.to(log_q.dtype)
+    value = _finite(log_p - log_q.gather(-1, teacher.ids), p := log_p.exp()).mul_(p).sum(-1)
+    others = log_q.scatter(-1, teacher.ids, -math.inf)
+    log_others, rest = others.logsumexp(-1), log_rest.exp()
+    value += _finite(log_rest - log_others, rest).mul_(rest)
+    # q (1 - p_r / q_r) as q - softmax(others) p_r: both stay finite where q_r is nearly nothing.
+    within = _finite(others.sub_(log_others[:, None]).exp_(), rest[:, None]).mul_(rest[:, None])
+    return value, log_q.exp_().sub_(within).scatter_add_(-1, teacher.ids, -p)
 
 
 def divergence(
@@ -93,21 +132,26 @@ def vocabulary_loss(
     *,
     teacher_hidden: torch.Tensor | None = None,
     teacher_weight: torch.Tensor | None = None,
+    top_k: TopK | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted sum of the terms over the valid positions, divided by `num_valid`, and each term's own value.
 
     hidden (..., D) after the last norm; weight (V, D) of the head; targets (...) the next token or IGNORED, shaped like
-    hidden without D; the teacher's likewise, of any width, without gradient. num_valid: valid positions of the whole
-    step, over micro-batches and processes; zero gives zero. vocab_size: rows beyond it are padding of the vocabulary
-    and take no part. chunk_tokens: positions whose logits exist at once (by default what CHUNK_BYTES holds).
+    hidden without D; the teacher's likewise, of any width, without gradient, or instead `top_k`, a row for each valid
+    position in their order, which serves `forward_kl` at T = 1 alone. num_valid: valid positions of the whole step,
+    over micro-batches and processes; zero gives zero. vocab_size: rows beyond it are padding of the vocabulary and
+    take no part. chunk_tokens: positions whose logits exist at once (by default what CHUNK_BYTES holds).
 
     The number of chunks depends on the shapes alone. Gradients reach `hidden` and `weight` (each only if it needs
     one); those of positions that are not valid are exactly zero. Raises ValueError for shapes that do not fit.
     """
     vocab_size = vocab_size or weight.shape[0]
-    needs_teacher = any(term.name != "ce" for term in terms)
+    if top_k is not None and any(term.name == "forward_kl" and term.temperature != 1 for term in terms):
+        raise ValueError("top_k serves forward_kl at temperature 1")
+    known = ("ce",) if top_k is None else ("ce", "forward_kl")
+    needs_teacher = any(term.name not in known for term in terms)
     if needs_teacher and (teacher_hidden is None or teacher_weight is None):
         raise ValueError("a divergence needs teacher_hidden and teacher_weight")
     if not needs_teacher:
@@ -130,7 +174,7 @@ def vocabulary_loss(
     num_chunks = num_chunks_for(len(targets), vocab_size, chunk_tokens)
     scale = 1.0 / torch.as_tensor(num_valid, dtype=torch.float64, device=hidden.device).clamp(min=1)
     loss, parts = _Chunked.apply(
-        hidden, weight, teacher_hidden, teacher_weight, targets, tuple(terms), scale, vocab_size, num_chunks
+        hidden, weight, teacher_hidden, teacher_weight, top_k, targets, tuple(terms), scale, vocab_size, num_chunks
     )
     return loss, dict(zip((term.name for term in terms), parts.unbind()))
 
@@ -145,7 +189,9 @@ class _Chunked(torch.autograd.Function):
     """Gradients are made chunk by chunk in the forward pass, since the logits are there; backward multiplies them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, targets, terms, scale, vocab_size, num_chunks):
+    def forward(
+        ctx, hidden, weight, teacher_hidden, teacher_weight, top_k, targets, terms, scale, vocab_size, num_chunks
+    ):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         head = weight[:vocab_size]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
@@ -154,9 +200,13 @@ class _Chunked(torch.autograd.Function):
         # Work goes by valid positions; their share of each chunk varies, the number of chunks does not.
         valid = (targets != IGNORED).nonzero()[:, 0]
         fused = hidden.is_cuda and hidden.dtype != torch.float64 and [term.name for term in terms] == ["forward_kl"]
+        fused = fused and top_k is None
         if fused:
             from .forward_kl_kernel import forward_kl_
-        for rows in valid.tensor_split(num_chunks):
+        if top_k is not None and len(top_k.ids) != len(valid):
+            raise ValueError(f"top_k has {len(top_k.ids)} rows for {len(valid)} valid positions")
+        kept = [None] * num_chunks if top_k is None else top_k.split(num_chunks)
+        for rows, likeliest in zip(valid.tensor_split(num_chunks), kept):
             if not len(rows):
                 continue
             h = hidden[rows]
@@ -170,7 +220,10 @@ class _Chunked(torch.autograd.Function):
             else:
                 total = None
                 for index, term in enumerate(terms):
-                    value, gradient = divergence(term, student, teacher, targets[rows])
+                    if likeliest is not None and term.name == "forward_kl":
+                        value, gradient = top_k_divergence(student, likeliest)
+                    else:
+                        value, gradient = divergence(term, student, teacher, targets[rows])
                     parts[index] += value.sum(dtype=torch.float64)
                     if needs_hidden or needs_weight:
                         gradient = gradient.mul_(term.weight)
@@ -201,7 +254,7 @@ class _Chunked(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight * grad_loss.to(grad_weight.dtype)
-        return grad_hidden, grad_weight, *[None] * 7
+        return grad_hidden, grad_weight, *[None] * 8
 
 
 def token_logprobs(

@@ -101,7 +101,8 @@ class Sequence:
 
     input_ids (L) int64; targets (L) int64: the next token of the same piece, or IGNORED; position_ids (L) int64, from 0
     in every piece; cu_seqlens (pieces + 1) int32, ending with L. Padding is a piece of its own at the end, without
-    targets; `num_tokens` says where it begins.
+    targets; `num_tokens` says where it begins. top_k, with a cache of the teacher: ids (n, k), log_p (n, k) and
+    log_rest (n) of the n targets (`losses.TopK`).
     """
 
     input_ids: np.ndarray
@@ -109,6 +110,7 @@ class Sequence:
     position_ids: np.ndarray
     cu_seqlens: np.ndarray
     num_tokens: int
+    top_k: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
 
 def assemble(

@@ -26,7 +26,7 @@ from .yaml_lines import KeyPath, dotted, read_yaml, write_yaml
 COMMAND_LINE = "command line"
 # What a run may change when it is resumed; every other key decides what is computed.
 FREE_KEYS = ("logging", "export", "evaluation", "training.commit_every_steps", "training.commit_every_seconds",
-             "training.keep_commits", "training.max_skipped_steps")  # fmt: skip
+             "training.keep_commits", "training.max_skipped_steps", "teacher.cache.folder")  # fmt: skip
 
 
 @dataclass

@@ -40,6 +40,7 @@ def _reads(stage: Stage, source: Source) -> bool:
 def broken_rules(recipe: Recipe) -> Broken:
     """Where each rule is broken, and what to say of it."""
     yield from _check_models(recipe)
+    yield from _check_cache(recipe)
     names = [source.name for source in recipe.data.sources]
     for part, sources in (("data", recipe.data.sources), ("evaluation", recipe.evaluation.sources)):
         for index, source in enumerate(sources):
@@ -89,6 +90,37 @@ def broken_rules(recipe: Recipe) -> Broken:
         yield ("deepspeed", "offload_parameters"), "needs deepspeed.stage 3"
     if recipe.deepspeed.offload_optimizer != "none" and recipe.deepspeed.stage == 0:
         yield ("deepspeed", "offload_optimizer"), "needs deepspeed.stage 1, 2 or 3"
+
+
+def uses_cache(recipe: Recipe, stage: Stage) -> bool:
+    """Whether the stage reads the teacher's next tokens from disk."""
+    is_kept = recipe.teacher is not None and recipe.teacher.cache is not None
+    return is_kept and any(loss.name == "forward_kl" for loss in stage.losses)
+
+
+def _check_cache(recipe: Recipe) -> Broken:
+    if recipe.teacher is None or recipe.teacher.cache is None:
+        return
+    if not any(uses_cache(recipe, stage) for stage in recipe.stages):
+        yield ("teacher", "cache"), "no stage has the loss forward_kl, which alone reads it; leave it out"
+    for index, stage in enumerate(recipe.stages):
+        path = ("stages", index)
+        if stage.kind == "align":
+            what = "needs the teacher's layers, and with teacher.cache it is not in memory; align in a run of its own"
+            yield (*path, "kind"), f"an align stage {what}"
+            continue
+        if stage.kind == "onpolicy":
+            what = "trains on what the student writes, which no teacher.cache can hold beforehand"
+            yield (*path, "kind"), f"an onpolicy stage {what}"
+            continue
+        for place, loss in enumerate(stage.losses):
+            allowed = [name for name in LOSSES_OF[stage.kind] if name in ("forward_kl", *WITHOUT_TEACHER)]
+            if loss.name in LOSSES_OF[stage.kind] and loss.name not in allowed:
+                what = "needs more of the teacher than the likeliest tokens of teacher.cache"
+                yield (*path, "losses", place, "name"), f"{loss.name!r} {what}; with it allowed: {', '.join(allowed)}"
+            if loss.name == "forward_kl" and loss.temperature != 1:
+                what = "cannot be had of teacher.cache, which is of temperature 1"
+                yield (*path, "losses", place, "temperature"), f"{loss.temperature:g} {what}"
 
 
 def _check_models(recipe: Recipe) -> Broken:

@@ -51,8 +51,8 @@ def write_records(
     """Writes recipe.yaml, environment.json and inputs.json. Raises UserError where the inputs of a run that goes on
     are no longer those it was started with."""
     inputs = {
-        "teacher": {} if teacher is None else _digests(teacher),
-        "student": _digests(student),
+        "teacher": {} if teacher is None else checkpoint_digests(teacher),
+        "student": checkpoint_digests(student),
         "sources": {name: part.tokens.digest for name, part in prepared.train.items()},
         "stages": {plan.stage.name: plan.corpus.digest for plan in plans},
     }
@@ -76,7 +76,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def checkpoint_digests(folder: Path) -> dict[str, str]:
     """sha256 of every file that decides what a checkpoint folder is."""
     names = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".model"))
     return {path.name: file_digest(path) for path in names}

@@ -3,6 +3,7 @@
     run/recipe.yaml environment.json inputs.json    written before step 1
     run/student/            the converted student, where the recipe converts one
     run/written/ tokens/    what the teacher wrote, if the recipe asks; the sources, tokenised once
+    run/logits/             with `teacher.cache`: what the teacher says of every target
     run/references/         of `dpo` stages: the student as the stage found it
     run/commits/step-N/     atomic checkpoints; the newest that verifies is where the run goes on
     run/metrics.jsonl report.json report.md loss.png
@@ -44,6 +45,7 @@ from .evaluation.selection import select
 from .evaluation.subject import Subject
 from .export import add_reports, check_push, export
 from .interrupts import Interrupts
+from .logit_cache import LogitCache, check_top_k, write_cache
 from .loop import Job, Rim, positions_of, train
 from .metrics import MetricsLog, Pulse, read_metrics, trackers
 from .new_student import write_new
@@ -51,7 +53,8 @@ from .onpolicy import Completions
 from .preferences import keep_reference
 from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
 from .recipe import load_recipe, show
-from .records import RECIPE, check_recipe_unchanged, write_records
+from .recipe_rules import uses_cache
+from .records import RECIPE, check_recipe_unchanged, checkpoint_digests, write_records
 from .report import sample, write_report
 from .schema import Recipe, Source
 from .stages import PREFIX, Align, Dpo, Whole, needs_teacher, share_frozen
@@ -94,6 +97,7 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: Path, teacher: Path | None, world: World, interrupts: Interrupts):
         self.recipe, self.folder, self.world, self.interrupts = recipe, folder, world, interrupts
         self.teacher_folder, self.commits, self.pulse = teacher, folder / "commits", Pulse()
+        self.caches: dict[int, LogitCache] = {}
         training, sharding = recipe.training, recipe.deepspeed
         self.settings = EngineSettings(
             zero_stage=sharding.stage,
@@ -123,6 +127,7 @@ class _Run:
         check_contexts(self.recipe.evaluation.contexts, longest, self.world.device, "evaluation.contexts")
         vocab_size = config.vocab_size
         self.vocab_size = min(vocab_size, len(tokenizer))
+        check_top_k(self.recipe, self.vocab_size)
         stop_ids = config.eos_token_id
         stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
         self.stop_ids = {*stop_ids, tokenizer.eos_token_id} - {None}
@@ -204,10 +209,13 @@ class _Run:
         return written_source(source, self.teacher, self.tokenizer, self.folder / "written", seed, watch)
 
     def _watch(self, source: Source, tokens: int) -> None:
+        what = "tokenised" if source.from_teacher is None else f"of {source.from_teacher:,} tokens are written"
+        self._pulse(f"{source.name}: {tokens:,} {what}")
+
+    def _pulse(self, text: str) -> None:
         """Says how far long preparations are, and lets a signal end those of a single process; of several, the first
         step looks."""
-        what = "tokenised" if source.from_teacher is None else f"of {source.from_teacher:,} tokens are written"
-        self.pulse(f"{source.name}: {tokens:,} {what}")
+        self.pulse(text)
         if self.world.size == 1:
             self.interrupts.check("nothing was trained yet")
 
@@ -229,6 +237,8 @@ class _Run:
         """Every stage that is not finished. `results` grows by a row after each."""
         marks = None if commit is None else Marks(**commit.info["marks"])
         first = 0 if marks is None else marks.stage_index
+        unfinished = self.plans[first + (marks is not None and marks.step == self.plans[first].num_steps) :]
+        self._keep_logits([plan for plan in unfinished if uses_cache(self.recipe, plan.stage)])
         if self.world.is_main:
             self.log.keep_before(first, 0 if marks is None else marks.step)
         for plan in self.plans[first:]:
@@ -240,6 +250,30 @@ class _Run:
             results.append(self._measure_folder(f"after {plan.stage.name}", commit.folder / STUDENT))
             marks = None
         return commit
+
+    def _keep_logits(self, plans: list[StagePlan]) -> None:
+        """With `teacher.cache`: what these stages need of the teacher goes to disk, and the teacher out of memory."""
+        options = None if self.recipe.teacher is None else self.recipe.teacher.cache
+        if options is None:
+            return
+        made_by = once(self.world, lambda: checkpoint_digests(self.teacher_folder))
+        for plan in plans:
+            name = plan.stage.name
+            _say(f"{name}: the teacher's {options.top_k} likeliest tokens of every target are kept on disk")
+            self.caches[plan.index] = write_cache(
+                self.folder / "logits" if options.folder is None else Path(options.folder),
+                plan,
+                self.teacher,
+                self.world,
+                made_by=made_by,
+                top_k=options.top_k,
+                vocab_size=self.vocab_size,
+                bfloat16=self.settings.precision == "bf16",
+                report=_say,
+                advance=lambda done, name=name: self._pulse(f"{name}: {done:,} sequences are kept"),
+            )
+        self.teacher = None
+        gc.collect()
 
     def _stage(
         self, plan: StagePlan, folder: Path, commit: Commit | None, marks: Marks | None, results: list[dict]
@@ -272,7 +306,7 @@ class _Run:
             load_moments(commit.folder, engine, marks.updates)
         first = 0 if marks is None else marks.step
         before = sum(other.num_steps for other in self.plans[: plan.index])
-        sequence = plan.corpus.__getitem__
+        sequence = self.caches.get(plan.index, plan.corpus).__getitem__
         if stage.kind == "onpolicy":
             sequence = Completions(
                 student,
@@ -383,7 +417,11 @@ class _Run:
 
     def _measure_folder(self, name: str, folder: Path) -> dict:
         model = load_student(folder, dtype=torch.float32, device=self.world.device)
-        return {"model": name, **self._figures(model, self.teacher)}
+        return {"model": name, **self._figures(model, self._recalled_teacher())}
+
+    def _recalled_teacher(self) -> DeltaNetForCausalLM | None:
+        """The teacher to measure with, read again where a cache let it go."""
+        return self._load_teacher() if self.teacher is None and self.teacher_folder is not None else self.teacher
 
     def _check_interrupted(self, what: str) -> None:
         if self.world.sum([float(self.interrupts.requested is not None)])[0]:
@@ -395,7 +433,8 @@ class _Run:
         def finish() -> dict:
             prompt = self.recipe.evaluation.prompt
             student = load_student(commit.folder / STUDENT, dtype=torch.float32, device=self.world.device)
-            writers = {"teacher": self.teacher, "student": student}
+            teacher = self._recalled_teacher()
+            writers = {"teacher": teacher, "student": student}
             has_text = any(source.task is None for source in self.recipe.data.sources)
             samples = {
                 who: sample(model, self.tokenizer, prompt)
@@ -425,9 +464,10 @@ class _Run:
             print(f"\nexport   {out}")
             evaluation = self.recipe.evaluation
             if self.tasks or evaluation.contexts:
-                teacher = self._teacher_subject()
                 text = self.held_out if has_text else ()
-                page = evaluate_export(out, teacher, self.world.device, text, evaluation, self.tasks, self.folder)
+                page = evaluate_export(
+                    out, self._subject(teacher), self.world.device, text, evaluation, self.tasks, self.folder
+                )
                 add_reports(out, [page.with_suffix(".json"), page.with_suffix(".md")])
                 print(f"page     {page}")
             return facts
@@ -437,11 +477,11 @@ class _Run:
             print(f"pushed   {push(self.folder / 'export', self.recipe.export.push)}")
         return facts
 
-    def _teacher_subject(self) -> Subject | None:
-        if self.teacher is None:
+    def _subject(self, teacher: DeltaNetForCausalLM | None) -> Subject | None:
+        if teacher is None:
             return None
-        device, dtype, longest = self.teacher.device, self.teacher.dtype, self.teacher.config.max_position_embeddings
-        return Subject(self.recipe.teacher.model, self.teacher, self.tokenizer, device, dtype, longest)
+        device, dtype, longest = teacher.device, teacher.dtype, teacher.config.max_position_embeddings
+        return Subject(self.recipe.teacher.model, teacher, self.tokenizer, device, dtype, longest)
 
 
 def _say(text: str) -> None:

@@ -22,10 +22,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class Cache(Section):
+    """The teacher's likeliest next tokens on disk (docs/distil.md), so that it need not be in memory to train."""
+
+    top_k: int = Field(64, gt=0, description="tokens kept of every target; the others count as one")
+    folder: str | None = Field(None, description="which runs may share; None: `logits` in the run's own")
+
+
 class Teacher(Section):
     model: str = Field(description="a checkpoint folder, a Hub id (owner/name), or a preset such as demo or llama-1b")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub repository")
     dtype: Dtype = Field("auto", description="of the weights in memory; auto is the training dtype")
+    cache: Cache | None = Field(None, description="what forward_kl needs of it is written before the first step")
 
 
 class Mixer(Section):

@@ -106,7 +106,7 @@ class Align(nn.Module):
             for index in self.linear
         ]
         try:
-            _run(teacher, batch)
+            run_decoder(teacher, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -114,7 +114,9 @@ class Align(nn.Module):
 
 
 class Whole(nn.Module):
-    """The student end to end: `distil`, `long`, `sft`, `pretrain`. The loss is the mean over the valid targets."""
+    """The student end to end: `distil`, `long`, `sft`, `pretrain`. The loss is the mean over the valid targets.
+
+    Without a teacher its forward KL is to what the batch brings of one (`logit_cache.py`)."""
 
     def __init__(
         self,
@@ -144,11 +146,12 @@ class Whole(nn.Module):
         vocabulary, states = self.vocabulary, self.states
         if measure:
             vocabulary, states = [term for term in MEASURES if teacher is not None or term.name == "ce"], []
-        made = _run(self.student, batch, bool(states))
+        made = run_decoder(self.student, batch, bool(states))
         goal = None
-        if any(term.name != "ce" for term in vocabulary) or any(term.name in _STATE_LOSSES for term in states):
+        by_teacher = any(term.name != "ce" for term in vocabulary) or any(term.name in _STATE_LOSSES for term in states)
+        if by_teacher and teacher is not None:
             with torch.no_grad():
-                goal = _run(teacher, batch, any(term.name in _STATE_LOSSES for term in states))
+                goal = run_decoder(teacher, batch, any(term.name in _STATE_LOSSES for term in states))
         loss, parts = made.last_hidden_state.new_zeros(()), {}
         if vocabulary:
             loss, parts = vocabulary_loss(
@@ -159,6 +162,7 @@ class Whole(nn.Module):
                 count,
                 teacher_hidden=None if goal is None else goal.last_hidden_state,
                 teacher_weight=None if goal is None else head(teacher),
+                top_k=batch.top_k if goal is None else None,
                 vocab_size=self.vocab_size,
                 chunk_tokens=self.chunk_tokens,
             )
@@ -207,7 +211,7 @@ class Dpo(Whole):
 
     def _answers(self, model: DeltaNetForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Per pair the log-probability of the chosen and of the rejected answer."""
-        hidden, weight = _run(model, batch).last_hidden_state, head(model)[: self.vocab_size]
+        hidden, weight = run_decoder(model, batch).last_hidden_state, head(model)[: self.vocab_size]
         return pair_sums(token_logprobs(hidden, weight, batch.targets, chunk_tokens=self.chunk_tokens), batch)
 
 
@@ -216,7 +220,7 @@ def head(model: DeltaNetForCausalLM) -> torch.Tensor:
     return model.lm_head.weight
 
 
-def _run(model: DeltaNetForCausalLM, batch: Batch, with_states: bool = False):
+def run_decoder(model: DeltaNetForCausalLM, batch: Batch, with_states: bool = False):
     """The decoder without its head."""
     return model.model(
         input_ids=batch.input_ids,

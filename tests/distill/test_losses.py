@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from distill.losses import CHUNK_BYTES, Term, divergence, num_chunks_for, token_logprobs, vocabulary_loss
+from distill.losses import (
+    CHUNK_BYTES,
+    Term,
+    TopK,
+    divergence,
+    num_chunks_for,
+    token_logprobs,
+    top_k_divergence,
+    vocabulary_loss,
+)
 from distill.packing import IGNORED
 
 POSITIONS, WIDTH, TEACHER_WIDTH, VOCABULARY = 37, 12, 9, 53
@@ -315,3 +324,93 @@ def test_autocast_is_the_loss_of_inputs_rounded_to_its_type():
         results.append((loss, h.grad, w.grad))
     assert results[0][1].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def likeliest(teacher, k):
+    """The teacher's logits (n, V) as `TopK`, from the definition: the mass of the others is summed one by one."""
+    p, ids = teacher.softmax(-1).topk(k, -1)
+    others = torch.ones_like(teacher, dtype=torch.bool).scatter(-1, ids, False)
+    rest = torch.where(others, teacher.softmax(-1), 0).sum(-1)
+    return TopK(ids, p.log(), rest.log())
+
+
+def of_events(student, kept):
+    """Forward KL over the k tokens and the event that none of them comes, from the definition, for autograd."""
+    q = student.softmax(-1).gather(-1, kept.ids)
+    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (kept.log_p.exp(), q))
+    return (p * (p / q).log()).sum(-1)
+
+
+@pytest.mark.parametrize("k", [1, 5, VOCABULARY - 1])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, None])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_of_the_likeliest_tokens_any_chunk_equals_the_definition_in_float64(k, chunk_tokens, dtype, tolerance):
+    """Looser than for whole logits, since the definition here takes 1 - sum p of numbers near 1."""
+    hidden, weight, targets, teacher_hidden, teacher_weight = problem(seed=k, dtype=dtype)
+    valid = targets != IGNORED
+    kept = likeliest((teacher_hidden.double() @ teacher_weight.double().T)[valid], k)
+    terms = [Term("forward_kl", weight=0.7), Term("ce", weight=0.2)]
+    loss, parts = vocabulary_loss(
+        hidden, weight, targets, terms, int(valid.sum()), top_k=kept, chunk_tokens=chunk_tokens
+    )
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logits = (exact[0] @ exact[1].T)[valid]
+    divergences = of_events(logits, kept).mean()
+    expected = 0.7 * divergences + 0.2 * cross_entropy(logits, targets[valid])
+    near(loss, expected, tolerance)
+    near(parts["forward_kl"], divergences, tolerance)
+    wanted = torch.autograd.grad(expected, exact)
+    for actual, expected in zip(torch.autograd.grad(loss, (hidden, weight)), wanted):
+        assert actual.dtype == dtype
+        near(actual, expected, tolerance)
+
+
+def test_of_the_likeliest_tokens_it_rises_with_k_to_the_divergence_over_all():
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = 3 * torch.randn(2, 20, VOCABULARY, generator=generator, dtype=torch.float64)
+    values = torch.stack([top_k_divergence(student, likeliest(teacher, k))[0] for k in range(1, VOCABULARY + 1)])
+    assert (values.diff(dim=0) >= -1e-12).all()
+    assert (values[0] > 0).all()
+    whole, gradient = divergence(Term("forward_kl"), student, teacher, None)
+    last, last_gradient = top_k_divergence(student, likeliest(teacher, VOCABULARY))
+    near(last, whole, 1e-12)
+    near(last_gradient, gradient, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 8, VOCABULARY])
+def test_of_the_likeliest_tokens_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(k, dtype):
+    """Up to float32 rounding of probabilities, which are at most 1 and summed over 22 rows."""
+    hidden, weight, targets, *_ = problem(dtype=dtype)
+    valid = targets != IGNORED
+    logits = (hidden @ weight.T)[valid].detach().float()
+    log_p = logits.log_softmax(-1)
+    ids = log_p.topk(k, -1)[1]
+    kept = TopK(ids, log_p.gather(-1, ids), log_p.scatter(-1, ids, -math.inf).logsumexp(-1))
+    loss, _ = vocabulary_loss(hidden, weight, targets, [Term("forward_kl")], int(valid.sum()), top_k=kept)
+    assert abs(loss.item()) < 1e-6
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert gradient.abs().max() < 1e-6 * max(hidden.abs().max(), weight.abs().max())
+
+
+def test_of_the_likeliest_tokens_extreme_logits_and_excluded_tokens_stay_finite():
+    student = torch.tensor([[0.0, 90, -90, 3, 0], [60.0, 60, -60, -60, 0], [200.0, 0, 0, 0, 0]])
+    ids = torch.tensor([[2, 3], [0, 1], [0, 4]])
+    log_p = torch.tensor([[-9.0, -math.inf], [math.log(0.5), math.log(0.5)], [0.0, -50.0]])
+    sure = TopK(ids, log_p, torch.tensor([-1e-4, -40.0, -math.inf]))
+    value, gradient = top_k_divergence(student, sure)
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+    assert gradient.sum(-1).abs().max() < 1e-3  # of probabilities that sum to 1 but for the numbers above
+
+
+def test_of_the_likeliest_tokens_what_cannot_be_computed_is_refused():
+    hidden, weight, targets, teacher_hidden, teacher_weight = problem()
+    valid = targets != IGNORED
+    kept = likeliest((teacher_hidden @ teacher_weight.T)[valid], 3)
+    with pytest.raises(ValueError, match="temperature 1"):
+        vocabulary_loss(hidden, weight, targets, [Term("forward_kl", temperature=2.0)], 1, top_k=kept)
+    with pytest.raises(ValueError, match="needs teacher"):
+        vocabulary_loss(hidden, weight, targets, [Term("reverse_kl")], 1, top_k=kept)
+    with pytest.raises(ValueError, match=r"top_k has \d+ rows for \d+ valid positions"):
+        vocabulary_loss(hidden, weight, torch.zeros_like(targets), [Term("forward_kl")], 1, top_k=kept)
