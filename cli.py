@@ -25,15 +25,31 @@ def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentPar
 
 class _Version(argparse.Action):
     def __call__(self, parser, *_):
-        from importlib.metadata import PackageNotFoundError, version
-
-        print(f"{parser.prog} {version('deltanet')}")
+        print(f"{parser.prog} {_installed('deltanet') or _of_source()}")
         for package in ("torch", "triton", "transformers", "deepspeed"):
-            try:
-                print(f"  {package} {version(package)}")
-            except PackageNotFoundError:
-                print(f"  {package} not installed")
+            print(f"  {package} {_installed(package) or 'not installed'}")
         parser.exit()
+
+
+def _installed(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _of_source() -> str:
+    """What pyproject.toml beside this file says, where the project runs from its folder."""
+    import tomllib
+    from pathlib import Path
+
+    try:
+        project = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        return f"{project['version']} (not installed)"
+    except (OSError, ValueError, KeyError):
+        return "of unknown version"
 
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, call: Callable) -> int:

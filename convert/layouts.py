@@ -6,6 +6,7 @@ teacher's window); only `swa` sets a window of its own. Twin: tests/convert/test
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +30,20 @@ class Layout:
         return [index for index, kind in enumerate(self.layer_types) if kind == LINEAR]
 
     def picture(self) -> str:
-        """One letter per layer in tens: d delta rule, A full attention, s sliding attention."""
-        letters = "".join(LETTERS[kind] for kind in self.layer_types)
-        tens = " ".join(letters[start : start + 10] for start in range(0, len(letters), 10))
-        used = [
-            f"{LETTERS[kind]} = {name} x {self.layer_types.count(kind)}"
-            for kind, name in ((LINEAR, "delta rule"), (FULL, "attention"), (SLIDING, f"window {self.window}"))
-            if kind in self.layer_types
-        ]
-        return f"{tens}   ({', '.join(used)})"
+        return picture(self.layer_types, self.window)
+
+
+def picture(layer_types: Sequence[str], window: int | None = None) -> str:
+    """One letter per layer in tens, and what they mean: d delta rule, A full attention, s sliding attention."""
+    letters = "".join(LETTERS[kind] for kind in layer_types)
+    tens = " ".join(letters[start : start + 10] for start in range(0, len(letters), 10))
+    sliding = "attention in a window" if window is None else f"window {window}"
+    used = [
+        f"{LETTERS[kind]} = {name} x {list(layer_types).count(kind)}"
+        for kind, name in ((LINEAR, "delta rule"), (FULL, "attention"), (SLIDING, sliding))
+        if kind in layer_types
+    ]
+    return f"{tens}   ({', '.join(used)})"
 
 
 def parse_layout(text: str, teacher_types: list[str], window: int | None = None) -> Layout:

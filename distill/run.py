@@ -41,6 +41,7 @@ from .engine import Engine, EngineSettings
 from .evaluate import compare, mean_parts
 from .evaluation.at_end import evaluate_export
 from .evaluation.evaluate import check_contexts
+from .evaluation.markdown import short
 from .evaluation.selection import select
 from .evaluation.subject import Subject
 from .export import add_reports, check_push, export
@@ -465,11 +466,11 @@ class _Run:
             evaluation = self.recipe.evaluation
             if self.tasks or evaluation.contexts:
                 text = self.held_out if has_text else ()
-                page = evaluate_export(
+                page, found = evaluate_export(
                     out, self._subject(teacher), self.world.device, text, evaluation, self.tasks, self.folder
                 )
                 add_reports(out, [page.with_suffix(".json"), page.with_suffix(".md")])
-                print(f"page     {page}")
+                print(f"\n{short(found)}\n\npage     {page}")
             return facts
 
         facts = once(self.world, finish)

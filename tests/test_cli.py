@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,21 @@ def test_version_names_what_matters(command, capsys):
     assert out.startswith(f"{command} 0.")
     assert "torch" in out
     assert "transformers" in out
+
+
+@pytest.mark.parametrize(("source", "words"), [(ROOT, "0."), (Path("absent"), "of unknown version")])
+def test_version_is_told_where_the_project_runs_from_its_folder(source, words, monkeypatch, capsys):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    monkeypatch.setattr(cli, "__file__", str(source / "cli.py"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.eval_main(["--version"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert out.startswith(f"deltanet-eval {words}")
+    assert "torch not installed" in out
 
 
 def test_generate_refuses_what_is_no_checkpoint_in_one_line(tmp_path):

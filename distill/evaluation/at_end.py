@@ -22,9 +22,10 @@ def evaluate_export(
     settings: Evaluation,
     tasks: Many[Chosen],
     folder: Path,
-) -> Path:
+) -> tuple[Path, dict]:
     """Measures the student in `export`, beside its teacher if there is one and then in the teacher's dtype, on at most
-    TOKENS of the run's held-out text, and writes evaluation.html, .md and .json to `folder`; returns the page."""
+    TOKENS of the run's held-out text, and writes evaluation.html, .md and .json to `folder`; returns the page and the
+    report."""
     dtype = "auto" if teacher is None else str(teacher.dtype).removeprefix("torch.")
     student = load_subject(export, device=str(device), dtype=dtype)
     report = measure(
@@ -38,7 +39,7 @@ def evaluate_export(
     )
     report |= {"text": "held out by the recipe" if held_out else None, "losses": loss_curve(export)}
     write_reports(folder, report)
-    return folder / f"{NAME}.html"
+    return folder / f"{NAME}.html", report
 
 
 def whole_windows(sequences: Many[Sequence]) -> torch.Tensor | None:

@@ -11,14 +11,15 @@ from pathlib import Path
 from deltanet.errors import UserError
 
 from .evaluate import evaluate
-from .markdown import markdown
+from .markdown import markdown, short
 from .page import page
 
 NAME = "evaluation"
 
 
 def run(arguments) -> None:
-    """The command line: the report on standard output, as Markdown or with --json as one object."""
+    """The command line: the report on standard output, as Markdown, what matters most once more at its end, or with
+    --json as one object."""
     out = None if arguments.output is None else Path(arguments.output)
     if out is not None:
         check_output(out)
@@ -37,9 +38,12 @@ def run(arguments) -> None:
     )
     if out is not None:
         write_reports(out, report)
-    print(json.dumps(report, indent=2) if arguments.json else markdown(report))
-    if out is not None and not arguments.json:
-        print(f"page: {out / NAME}.html")
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{markdown(report)}\n{short(report)}")
+    if out is not None:
+        print(f"\npage: {out / NAME}.html")
 
 
 def parse_contexts(words: list[str] | None) -> list[int] | None:

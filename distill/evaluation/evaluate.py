@@ -8,14 +8,15 @@ Twin: tests/distill/evaluation/test_evaluate.py.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import transformers
 
+import deltanet
 from convert.closeness import recall
 from convert.progress import progress
-from deltanet import DeltaNetConfig, __version__
+from deltanet import DeltaNetConfig
 from deltanet.errors import UserError
 
 from ..export import RECIPE
@@ -105,7 +106,7 @@ def measure(
         "device": device_name(student.device),
         "dtype": str(student.dtype).removeprefix("torch."),
         "seed": seed,
-        "versions": {"deltanet": __version__} | {package: version(package) for package in ("torch", "transformers")},
+        "versions": {module.__name__: module.__version__ for module in (deltanet, torch, transformers)},
         "layers": list(config.layer_types) if isinstance(config, DeltaNetConfig) else None,
         "seconds": {},
     }

@@ -1,5 +1,7 @@
 """The report as Markdown, which reads well in a terminal too. Twin: tests/distill/evaluation/test_markdown.py."""
 
+from convert.layouts import picture
+
 from .sections import Section, Table, sections, title
 
 
@@ -7,15 +9,15 @@ def markdown(report: dict) -> str:
     """The whole report; plots are on the page only."""
     parts = [f"# {title(report)}"]
     if report["layers"]:
-        parts.append(f"Layers: `{picture(report['layers'])}` (D delta rule, A attention, W attention in a window)")
+        parts.append(f"Layers: `{picture(report['layers'])}`")
     for section in sections(report):
         parts.append(_section(section))
     return "\n\n".join(parts) + "\n"
 
 
-def picture(layers: list[str]) -> str:
-    marks = {"linear_attention": "D", "full_attention": "A", "sliding_attention": "W"}
-    return "".join(marks[kind] for kind in layers)
+def short(report: dict) -> str:
+    """Everything in one figure each, as the last lines of a command."""
+    return _section(sections(report)[0])
 
 
 def _section(section: Section, mark: str = "##") -> str:

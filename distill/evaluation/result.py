@@ -10,8 +10,9 @@ class TaskResult:
     """accuracy: share of `n` examples answered right; stderr: its standard error.
 
     floors: name of a strategy that needs no understanding -> the accuracy it reaches on these very examples.
-    by_level: level of difficulty, easiest first -> accuracy, stderr, n. figures: anything else worth a number, such as
-    a perplexity. samples: a few examples, to be read.
+    partial_floors: the same of strategies that understand a part of the task. by_level: level of difficulty, easiest
+    first -> accuracy, stderr, n. figures: anything else worth a number, such as a perplexity. samples: a few examples,
+    to be read.
     """
 
     name: str
@@ -22,6 +23,7 @@ class TaskResult:
     by_level: dict[str, dict] = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    partial_floors: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict:
         """The fields as plain values for JSON."""

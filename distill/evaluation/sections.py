@@ -127,7 +127,7 @@ def _tasks(report: dict) -> Section:
     prose = [
         "Share right, ± its standard error. A model that is not above the best trivial strategy by "
         f"{SURE} standard errors has shown nothing.",
-        *(line for name, task in report["tasks"].items() for line in _further(name, task)),
+        *(line for name, task in report["tasks"].items() for line in (*_partial(name, task), *_further(name, task))),
         *(f"Not run: {reason}." for reason in report.get("skipped_tasks", {}).values()),
     ]
     return Section(
@@ -167,6 +167,12 @@ def _task(name: str, task: dict, models: Sequence[str]) -> Section:
                     shown[f"{label}, {who}"] = str(_part(task, who)["samples"][index][label])
         samples.append(shown)
     return Section(name, tables=[Table(["level", *models], rows)] if rows else [], samples=samples)
+
+
+def _partial(name: str, task: dict) -> list[str]:
+    """One line of what understanding a part of the task is worth, whatever model was measured."""
+    shown = [f"{strategy} {_percent(share)}" for strategy, share in task["partial_floors"].items()]
+    return [f"{name}, floors without any model: {', '.join(shown)}."] if shown else []
 
 
 def _further(name: str, task: dict) -> list[str]:

@@ -16,7 +16,8 @@ class Example:
     where each of its tokens is. legal: position -> the tokens that are right there; elsewhere ids[position] alone is.
     choices: where given, the only tokens that an answer may be picked from.
     guesses: a strategy that needs no understanding -> the share of the answers it gets right, on average.
-    partial: the same of strategies that understand a part, to compare with; they are no floors.
+    partial: the same of strategies that understand a part: floors for whoever claims to understand more than that part,
+    but not among those that a model must be above to have shown anything.
     """
 
     ids: tuple[int, ...]

@@ -115,7 +115,7 @@ def as_example(tree: Tree, vocabulary: Vocabulary) -> Example:
         "the root operator alone": float(USUAL[tree.operator] == value),
         "the root operator and its digits": float(tree.from_own_digits() == value),
     }
-    partial = {f"right to depth {depth + 1}": float(tree.value(depth) == value) for depth in LADDER}
+    partial = {f"reading {depth + 1} deep": float(tree.value(depth) == value) for depth in LADDER}
     return Example(
         (*vocabulary.opening, *text, *answer),
         ((start, start + len(answer)),),

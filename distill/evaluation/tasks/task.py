@@ -118,7 +118,7 @@ class Task:
             floors=floors(everything),
             by_level=by_level,
             samples=samples,
-            figures=means([example.partial for example in everything]),
+            partial_floors=means([example.partial for example in everything]),
         )
 
 

@@ -18,6 +18,7 @@ TASK = {
     "by_level": {"64": {"accuracy": 1.0, "stderr": 0.0, "n": 40}, "128": {"accuracy": 0.5, "stderr": 0.08, "n": 40}},
     "samples": [{"prompt": "a <u> b", "answer": "c", "said": "d"}],
     "figures": {"says A": 0.25},
+    "partial_floors": {"reading 1 deep": 0.6, "reading 2 deep": 0.7},
 }
 REPORT = {
     "student": "runs/<b>mine</b>",

@@ -37,7 +37,11 @@ def test_a_run_ends_with_its_page(tmp_path, monkeypatch, capsys):
     assert report["window"] == 32
     assert report["kl"] == pytest.approx(wanted["kl"], rel=1e-4)
     assert report["perplexity"]["student"] == pytest.approx(wanted["perplexity"], rel=1e-4)
-    assert f"page     {run}/evaluation.html" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"page     {run}/evaluation.html" in printed
+    ends = printed[printed.index("## In short") :].split("|")
+    at = next(index for index, cell in enumerate(ends) if cell.strip() == "piqa")
+    assert ends[at + 2].strip() == f"{100 * report['tasks']['piqa']['accuracy']:.1f}%"
     assert (run / "evaluation.html").read_text().startswith("<!doctype html>")
 
 

@@ -28,6 +28,18 @@ def test_three_forms_of_one_report_are_written_and_one_is_printed(folders, tmp_p
     assert json.loads((out / "evaluation.json").read_text())["perplexity"].keys() == {"teacher", "student"}
 
 
+def test_the_last_thing_printed_is_everything_in_one_figure_each(folders, tmp_path, capsys):
+    rows = [{"goal": f"do {i}", "sol1": "this", "sol2": "that", "label": i % 2} for i in range(5)]
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--text", "none", "--tasks", str(tmp_path / "piqa.jsonl"), "--contexts", "none", "--device", "cpu"]
+    assert cli.eval_main([str(folders[1]), *arguments]) == 0
+    printed = capsys.readouterr().out
+    last = printed[printed.rindex("## ") :]
+    assert last.startswith("## In short")
+    cells = [cell.strip() for cell in last.split("|")]
+    assert cells[cells.index("piqa") + 1] in {f"{20 * right}.0%" for right in range(6)}
+
+
 def test_json_is_one_object_on_standard_output(folders, capfd):
     assert cli.eval_main([str(folders[1]), *OPTIONS, "--contexts", "none", "--json"]) == 0
     captured = capfd.readouterr()

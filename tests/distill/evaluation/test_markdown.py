@@ -2,7 +2,7 @@
 
 from made_report import alone, made
 
-from distill.evaluation.markdown import markdown, picture
+from distill.evaluation.markdown import markdown
 
 
 def test_every_row_of_a_table_has_the_cells_of_its_head():
@@ -22,6 +22,6 @@ def test_what_a_model_writes_cannot_leave_its_line():
 
 
 def test_layers_are_a_letter_each():
-    assert picture(["linear_attention", "full_attention", "sliding_attention"]) == "DAW"
-    assert "Layers: `DAW`" in markdown(made())
+    """The letters of deltanet-convert."""
+    assert "Layers: `dAs   (d = delta rule x 1, A = attention x 1, s = attention in a window x 1)`" in markdown(made())
     assert "Layers" not in markdown(alone() | {"layers": None})

@@ -52,6 +52,7 @@ def test_a_ratio_to_a_teacher_that_only_guesses_is_not_told():
 def test_further_figures_and_reasons_are_told():
     prose = by_title(made())["Tasks"].prose
     assert "needle: says A: student 25.0%." in prose
+    assert "needle, floors without any model: reading 1 deep 60.0%, reading 2 deep 70.0%." in prose
     assert "Not run: task copying: too long." in prose
 
 

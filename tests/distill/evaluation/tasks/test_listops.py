@@ -57,18 +57,18 @@ def test_the_ladder_reads_level_by_level():
 def test_floors_of_long_trees_are_the_published_ones():
     examples = list(TASKS["listops"].examples(0, 500, "500 to 2000 symbols", TOKENIZER))
     found = floors(examples) | means([example.partial for example in examples])
-    # Published: the commonest digit 17.0 %, the root operator 36 to 37 %, right to depth 1: 57.0, 2: 72.6, 3: 82.4.
+    # Published: the commonest digit 17.0 %, the root operator 36 to 37 %, reading 1 deep: 57.0, 2: 72.6, 3: 82.4.
     # The standard error of 500 examples is at most 2.2 points; three of them are allowed.
     assert found[COMMONEST] == pytest.approx(0.17, abs=0.066)
     assert found[ROOT] == pytest.approx(0.365, abs=0.066)
     for depth, share in ((1, 0.570), (2, 0.726), (3, 0.824)):
-        assert found[f"right to depth {depth}"] == pytest.approx(share, abs=0.066)
+        assert found[f"reading {depth} deep"] == pytest.approx(share, abs=0.066)
 
 
 def test_parts_of_the_ladder_are_no_floors():
     (example,) = TASKS["listops"].examples(0, 1, "4 to 20 symbols", TOKENIZER)
-    assert "right to depth 1" in example.partial
-    assert "right to depth 1" not in floors([example])
+    assert "reading 1 deep" in example.partial
+    assert "reading 1 deep" not in floors([example])
 
 
 def test_impossible_trees_are_refused():
