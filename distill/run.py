@@ -289,7 +289,8 @@ class _Run:
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in names - matrices)
         if self.settings.zero_stage < 3 and self.teacher is not None:
-            share_frozen(student.to(self.world.device), self.teacher)
+            low = torch.bfloat16 if self.settings.casts_parameters else torch.float32
+            share_frozen(student.to(self.world.device), self.teacher, low)
         if stage.lora:
             lora.adapt(student, matrices, stage, training.seed + plan.index)
             if commit is not None:

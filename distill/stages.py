@@ -231,16 +231,17 @@ def run_decoder(model: DeltaNetForCausalLM, batch: Batch, with_states: bool = Fa
     )
 
 
-def share_frozen(student: DeltaNetForCausalLM, teacher: DeltaNetForCausalLM) -> int:
-    """Makes the student use the teacher's own tensors where it does not train and the bytes are equal; returns how
-    many bytes that saves. Call it after `requires_grad` is set and before the engine is made."""
+def share_frozen(student: DeltaNetForCausalLM, teacher: DeltaNetForCausalLM, dtype: torch.dtype = torch.float32) -> int:
+    """Makes the student use the teacher's own tensors where it does not train and the values are equal; returns how
+    many bytes that saves. dtype: what the engine will compute in; a teacher in another one shares nothing. Call it
+    after `requires_grad` is set and before the engine is made."""
     theirs, saved = dict(teacher.named_parameters()), 0
     for module_name, module in student.named_modules():
         for name, parameter in list(module._parameters.items()):
             twin = theirs.get(f"{module_name}.{name}")
             if parameter is None or parameter.requires_grad or twin is None or parameter is twin:
                 continue
-            if parameter.dtype == twin.dtype and torch.equal(parameter, twin):
+            if twin.dtype == dtype and torch.equal(parameter, twin.to(parameter.dtype)):
                 module._parameters[name] = twin
                 saved += parameter.numel() * parameter.element_size()
     if student.config.tie_word_embeddings:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import small_run
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltanet
@@ -61,6 +61,21 @@ def test_align_changes_mixers_and_leaves_every_other_tensor_byte_identical(tmp_p
     before = load_file(tmp_path / "run" / "student" / "model.safetensors")
     after = load_file(tmp_path / "run" / "export" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("model.layers.0.self_attn.") for name in changed)
+
+
+def test_frozen_tensors_of_a_bfloat16_teacher_stay_exact_while_mixers_train(tmp_path):
+    """They are the teacher's own in memory, and bfloat16 holds them."""
+    stages = [{"kind": "align", "steps": 2}, {"kind": "distil", "steps": 2, "trainable": "mixers"}]
+    teacher = small_run.write_teacher(tmp_path / "teacher")
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(teacher / "model.safetensors").items()}
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", teacher, stages=stages, training__dtype="bfloat16")
+    distil(recipe, ["deepspeed.stage=1", "export.dtype=float32"], output=tmp_path / "run")
+    before = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
     assert changed
     assert all(name.startswith("model.layers.0.self_attn.") for name in changed)
 

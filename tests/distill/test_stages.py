@@ -141,3 +141,23 @@ def test_frozen_tensors_are_shared_with_the_teacher_and_trained_ones_are_not():
     assert student.lm_head.weight is student.model.embed_tokens.weight
     assert saved == sum(p.numel() * 4 for name, p in student.named_parameters() if name not in trained)
     assert KINDS[1] == "full_attention"
+
+
+def test_a_bfloat16_teacher_lends_what_it_holds_exactly_and_only_to_a_student_that_computes_in_it():
+    teacher, student = pair()
+    teacher.bfloat16()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(False)
+        if "norm" not in name:
+            parameter.data = parameter.data.bfloat16().float()  # as from a checkpoint in bfloat16
+    rounded = student.model.layers[1].mlp.up_proj.weight
+    rounded.data[0, 0] += 1e-4  # which bfloat16 cannot hold
+    assert share_frozen(student, teacher) == 0
+    saved = share_frozen(student, teacher, torch.bfloat16)
+    theirs = dict(teacher.named_parameters())
+    alone = {name for name, parameter in student.named_parameters() if parameter is not theirs.get(name)}
+    assert "model.layers.1.mlp.up_proj.weight" in alone
+    assert all(name in alone or parameter.dtype == torch.bfloat16 for name, parameter in student.named_parameters())
+    assert {name for name in alone if name in theirs} == {"model.layers.1.mlp.up_proj.weight"}
+    lent = [parameter for name, parameter in student.named_parameters() if name not in alone]
+    assert saved == sum(4 * parameter.numel() for parameter in lent)
