@@ -9,6 +9,7 @@ import run_laws
 import small_run
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 ZERO = (0, 1, 2, 3)
 
@@ -22,7 +23,8 @@ def spawn(recipe, size, runs):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All runs: zN (ZeRO N, two processes), zN-cut (stopped in the second stage, resumed), one, accumulated, moved."""
+    """All runs: zN (ZeRO N, two processes), zN-cut (stopped in the second stage, resumed), one, whole-batch, moved;
+    alone and packed, which see the same twelve documents at every step, one or four in a sequence."""
     folder = tmp_path_factory.mktemp("runs")
     recipe = small_run.write_recipe(folder / "r.yaml", small_run.write_teacher(folder / "teacher"))
     runs = []
@@ -39,8 +41,30 @@ def folder(tmp_path_factory):
         (str(folder / "checkpointing"), ["training.activation_checkpointing=true"], None),
         (str(folder / "moved"), ["deepspeed.stage=2"], None),
     ]
+    texts = ["stages=[{kind: distil, steps: 4, lr: 1.0e-3}]", f"data.sources=[{{path: {write_texts(folder)}}}]"]
+    for name, seq_len, batch in (("alone", 32, 12), ("packed", 128, 3)):
+        sizes = [f"data.seq_len={seq_len}", f"training.batch_size={batch}", "data.packing=best_fit"]
+        alone.append((str(folder / name), [*texts, *sizes], None))
     spawn(recipe, 1, alone)
     return folder
+
+
+def write_texts(folder):
+    """Twelve documents of 26 to 32 tokens with their end: two do not fit into 32, and just four into 128."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    words = (small_run.DEMO / "text.txt").read_text().split()
+    texts = []
+    for index in range(12):
+        kept = words[40 * index : 40 * index + 60]
+        while len(tokenizer(" ".join(kept))["input_ids"]) > 26 + index % 6 - 1:
+            kept.pop()
+        texts.append(" ".join(kept))
+    lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in texts]
+    assert min(lengths) > 128 // 5
+    assert max(lengths) <= 32
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 def records(run):
@@ -75,6 +99,13 @@ def test_zero_stages_processes_micro_batches_and_checkpointing_change_nothing(fo
     """`moved` began on two processes and ended on one. float32 sums in other orders, twelve steps long: 1e-5."""
     assert curve(folder / other) == pytest.approx(curve(folder / "z0"), rel=1e-5)
     assert curve(folder / other, "tokens") == curve(folder / "z0", "tokens")
+
+
+def test_packed_documents_train_as_each_one_by_itself(folder):
+    """float32 sums in other orders, four steps long: 1e-5."""
+    for key in ("loss", "gradient_norm"):
+        assert curve(folder / "packed", key) == pytest.approx(curve(folder / "alone", key), rel=1e-5)
+    assert curve(folder / "packed", "tokens") == curve(folder / "alone", "tokens")
 
 
 def test_the_loss_falls(folder):
