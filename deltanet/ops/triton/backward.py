@@ -210,7 +210,7 @@ def write_kernel(
                 tl.store(dz + token, z, mask=inside)
                 tl.store(dgate + token, gate, mask=inside)
                 if (chunks - 1 - n) % (STEP // C) == 0:
-                    slot = anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP, VARLEN) + (t - t0) // STEP
+                    slot = anchor_slot(nh // H, seg, nseg, t0, T, cu, STEP, VARLEN) + (t - t0) // STEP
                     tl.store(anchors + (slot * H + h) * K * V + rk * V + rv, dSt * owed, mask=in_state)
         if not MAP:
             tl.store(dbeta + wide(i_v) * part + token, dbeta_c * (restore / factor), mask=inside)
@@ -224,13 +224,12 @@ def write_kernel(
 
 
 @triton.jit
-def anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP: tl.constexpr, VARLEN: tl.constexpr):
-    """Where the states kept every STEP tokens of a segment begin: disjoint for all segments of all documents."""
-    n = wide(nh // H)
+def anchor_slot(n, seg, nseg, t0, T, cu, STEP: tl.constexpr, VARLEN: tl.constexpr):
+    """Where the states kept every STEP tokens of a segment of document n begin: disjoint for all of them."""
     if VARLEN:
-        return t0 // STEP + n * nseg + seg
+        return t0 // STEP + wide(n) * nseg + seg
     else:
-        return n * (T // STEP + nseg) + t0 // STEP + seg
+        return wide(n) * (T // STEP + nseg) + t0 // STEP + seg
 
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "part"])
@@ -321,7 +320,7 @@ def key_kernel(
             tl.store(dz + at_part, z, mask=t + rc < t1)
             tl.store(dgate + at_part, gate, mask=t + rc < t1)
             if (chunks - 1 - n) % (STEP // C) == 0:
-                slot = anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP, VARLEN) + (t - t0) // STEP
+                slot = anchor_slot(nh // H, seg, nseg, t0, T, cu, STEP, VARLEN) + (t - t0) // STEP
                 tl.store(anchors + (slot * H + h) * K * V + rk * V + rv, dS * owed, mask=in_state)
             a, aq, a_first, total = a_next, aq_next, first_next, total_next
         bc = b_next.to(tl.float32)
@@ -387,7 +386,7 @@ def query_kernel(
             store_rows(dv, dV, b, t, t1, T, h, H, 0, 0, C, 1, 1, V, VP, TMA_OUT)
         if GATED:
             if t % STEP == t0 % STEP:
-                slot = anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP, VARLEN) + (t - t0) // STEP
+                slot = anchor_slot(nh // H, seg, nseg, t0, T, cu, STEP, VARLEN) + (t - t0) // STEP
                 dS = tl.load(anchors + (slot * H + h) * K * V + rk * V + rv, mask=in_state, other=0.0)
                 tl.store(edges + wide(i_k) * edge_part + slot * H + h, tl.sum(tl.sum(S * dS, 1), 0))
             dKt = dKt * tl.exp(a)[None, :]

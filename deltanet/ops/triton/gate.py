@@ -44,42 +44,44 @@ def chain(keep_1, add_1, keep_2, add_2):
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads", "part", "edge_part"])
 def gate_kernel(
     g, pairs, z, y, edges, dg, cu, shift, largest, scale, T, H, nseg, heads, part, edge_part,
-    C: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, EDGES: tl.constexpr, VARLEN: tl.constexpr,
-    FORGOTTEN: tl.constexpr,
+    BH: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, EDGES: tl.constexpr,
+    VARLEN: tl.constexpr, FORGOTTEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (documents * H, segments); pairs and z come in PARTS parts, y and edges in EDGES."""
+    """Grid (documents * blocks of BH heads, segments, parts): part p takes every so many-th STEP tokens of a segment.
+    Tiles are [chunks, C, BH]. pairs and z come in PARTS parts, y and edges in EDGES."""
+    blocks = tl.cdiv(H, BH)
     seg = tl.program_id(1)
-    nh = tl.program_id(0)
-    h = nh % H
-    b, t0, t1 = span(nh // H, seg, nseg, cu, T, STEP, VARLEN)
-    NC: tl.constexpr = STEP // C
-    token = tl.arange(0, NC)[:, None] * C + tl.arange(0, C)[None, :]
-    rc = tl.arange(0, C)
-    earlier = tl.where(rc[:, None] < rc[None, :], 1.0, 0.0)
-    later = tl.where(rc[:, None] >= rc[None, :], 1.0, 0.0)
-    restore = scale / loss_scale(largest) / power_of_two(tl.load(shift + heads + nh))
-    row = (wide(b) * T) * H + h
-    slot = anchor_slot(nh, H, seg, nseg, t0, T, cu, STEP, VARLEN)
-    for t in tl.range(t0, t1, STEP):
-        inside = t + token < t1
-        at = row + (t + token).to(tl.int64) * H
+    n = tl.program_id(0) // blocks
+    b, t0, t1 = span(n, seg, nseg, cu, T, STEP, VARLEN)
+    h = (tl.program_id(0) % blocks) * BH + tl.arange(0, BH)
+    exists = h < H
+    restore = scale / loss_scale(largest) / power_of_two(tl.load(shift + heads + n * H + h, mask=exists, other=0))
+    slot = anchor_slot(n, seg, nseg, t0, T, cu, STEP, VARLEN)
+    rc = tl.arange(0, C)[None, :, None]
+    token = tl.arange(0, STEP // C)[:, None, None] * C + rc
+    for t in tl.range(t0 + tl.program_id(2) * STEP, t1, tl.num_programs(2) * STEP):
+        inside = (t + token < t1) & exists[None, None, :]
+        at = (wide(b) * T + t + token) * H + h[None, None, :]
         decay = tl.sum(tl.maximum(tl.load(g + at, mask=inside, other=0.0).to(tl.float32), LOWEST_DECAY), 1)
-        near = tl.zeros([NC, C], tl.float32)
-        left = tl.zeros([NC, C], tl.float32)
-        read = tl.zeros([NC, C], tl.float32)
-        edge = 0.0
+        near = tl.zeros([STEP // C, C, BH], tl.float32)
+        before = tl.zeros([STEP // C, C, BH], tl.float32)
+        read = tl.zeros([STEP // C, C, BH], tl.float32)
+        sum_left = tl.zeros([STEP // C, BH], tl.float32)
+        edge = tl.zeros([BH], tl.float32)
         for i in tl.static_range(PARTS):
+            left = z + i * wide(part) + at
             near += tl.load(pairs + i * wide(part) + at, mask=inside, other=0.0)
-            left += tl.load(z + i * wide(part) + at, mask=inside, other=0.0)
+            before += tl.load(left - H, mask=inside & (rc > 0), other=0.0)
+            sum_left += tl.sum(tl.load(left, mask=inside, other=0.0), 1)
         for i in tl.static_range(EDGES):
             read += tl.load(y + i * wide(part) + at, mask=inside, other=0.0)
-            edge += tl.load(edges + i * wide(edge_part) + (slot + (t - t0) // STEP) * H + h)
+            at_edge = i * wide(edge_part) + (slot + (t - t0) // STEP) * H + h
+            edge += tl.load(edges + at_edge, mask=exists, other=0.0)
         keep = tl.where(decay > FORGOTTEN, 1.0, 0.0)
-        sum_left = tl.sum(left, 1)
         kept, added = tl.associative_scan((keep, sum_left - keep * tl.sum(read, 1)), 0, chain)
-        carried = keep * (kept * edge + added - sum_left)
-        near += tl.dot(left, earlier, input_precision="ieee") + tl.dot(read, later, input_precision="ieee")
-        tl.store(dg + at, ((near + carried[:, None]) * restore).to(dg.dtype.element_ty), mask=inside)
+        carried = keep * (kept * edge[None, :] + added - sum_left)
+        near += tl.cumsum(before, 1) + tl.cumsum(read, 1, reverse=True) + carried[:, None, :]
+        tl.store(dg + at, (near * restore[None, None, :]).to(dg.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])

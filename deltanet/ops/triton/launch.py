@@ -253,10 +253,12 @@ def backward(
     dg = None
     if c.is_gated:
         dg = torch.empty_like(g)
-        gate_kernel[(heads, n)](
+        BH = min(triton.next_power_of_2(H), 8)  # 32 bytes of every token
+        parts = min(triton.cdiv(triton.cdiv(T, n), ANCHOR), 64)
+        gate_kernel[(c.documents * triton.cdiv(H, BH), n, parts)](
             g, pairs, z, y, edges, dg, cu_seqlens, shift, most, scale, T, H, n, heads, part, edge_part,
-            C=CHUNK, STEP=ANCHOR, PARTS=key_tiles, EDGES=KP // BK, VARLEN=c.is_packed,
-            FORGOTTEN=-8.3 if c.half else -14.0, num_warps=1,
+            BH=BH, C=CHUNK, STEP=ANCHOR, PARTS=key_tiles, EDGES=KP // BK, VARLEN=c.is_packed,
+            FORGOTTEN=-8.3 if c.half else -14.0, num_warps=4,
         )  # fmt: skip
     dbeta = dbeta[0] if dbeta.shape[0] == 1 else dbeta.sum(0)
     return dq, dk, dv, dbeta.to(beta.dtype), dg, dinitial
