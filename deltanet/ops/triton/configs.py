@@ -32,6 +32,14 @@ FORWARD = {
     256: Config(16, 1, 2),
 }
 """By padded key size."""
+MAP = {
+    16: Config(16, 1, 2),
+    32: Config(32, 1, 2),
+    64: Config(64, 2, 3),
+    128: Config(16, 1, 2),
+    256: Config(16, 2, 2),
+}
+"""By padded key size; a program holds a tile of two states."""
 WRITE = {
     16: Config(16, 1, 2),
     32: Config(32, 1, 2),
@@ -53,7 +61,7 @@ QUERY = dict(KEY)
 SCAN = Config(16, 4, 1)
 GATED = {("write", 128): Config(64, 2, 3), ("key", 128): Config(32, 2, 2)}
 """Entries that a gate changes."""
-TABLES = {"forward": FORWARD, "write": WRITE, "key": KEY, "query": QUERY}
+TABLES = {"forward": FORWARD, "map": MAP, "write": WRITE, "key": KEY, "query": QUERY}
 
 
 def padded(size: int) -> int:

@@ -1,4 +1,4 @@
-"""Forward kernels: the chunk walk, and the scan that chains segments (README.md, "Kernels").
+"""The forward kernel: the chunk walk (README.md, "Kernels").
 
 A chunk of C = 16 tokens that starts from S_0 (all decays g = 0 when there is no gate; a_i = g_1 + .. + g_i):
 
@@ -53,30 +53,68 @@ def fitting_shift(
     return tl.minimum(tl.maximum(126 - exponent, -126), 0)
 
 
+@triton.jit
+def chunk_inverse(kk, bc, a, C: tl.constexpr, GATED: tl.constexpr, DT: tl.constexpr):
+    """-(I + N diag(b))^-T as an operand, from K K^T."""
+    N = kk
+    if GATED:
+        N = N * between(a, a)
+    D, _ = unit_lower_inverse(-N * bc[None, :], -N * bc[:, None], C, True, False, DT)
+    return tl.trans(-D).to(DT)
+
+
+@triton.jit
+def corrections(S16, vt, kt16, nDt16, a, GATED: tl.constexpr, DT: tl.constexpr):
+    """X^T as an operand, from S_0^T and V^T."""
+    if GATED:
+        nW = mm(S16, kt16) * tl.exp(a)[None, :] - vt
+    else:
+        nW = mma(S16, kt16, -vt)
+    return mm(nW.to(DT), nDt16).to(DT)
+
+
+@triton.jit
+def written(St, Ut, k16, a, total, GATED: tl.constexpr, DT: tl.constexpr):
+    """S_1^T from S_0^T and U^T."""
+    if GATED:
+        Ut = Ut * tl.exp(total - a)[None, :]
+        St = St * tl.exp(total)
+    return mma(Ut.to(DT), k16, St)
+
+
+@triton.jit
+def head_factor(
+    v, start, nh, cu, T, H, heads, shift, V: tl.constexpr, STATE: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
+    C: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr, FIND: tl.constexpr,
+):  # fmt: skip
+    """The power of two that a retried head's values are multiplied by: found and noted if FIND, else as noted."""
+    if FIND:
+        exponent = fitting_shift(v, start, nh, cu, T, H, V, STATE, BV, NV, C, TMA, VARLEN)
+        tl.store(shift + heads + nh, exponent)
+    else:
+        exponent = tl.load(shift + heads + nh)
+    return power_of_two(exponent)
+
+
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads"])
 def forward_kernel(
-    q, k, v, beta, decays, o, x, start, final, maps, cu, shift, scale, T, H, nseg, heads,
+    q, k, v, beta, decays, o, x, start, final, cu, shift, scale, T, H, nseg, heads,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-    TMA_OUT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, MAP: tl.constexpr,
-    RETRY: tl.constexpr, DT: tl.constexpr,
+    TMA_OUT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, RETRY: tl.constexpr,
+    DT: tl.constexpr,
 ):  # fmt: skip
     """Grid (documents * H * tiles, segments). A program owns a tile of BV columns of one state, as S^T [BV, KP], and
     walks its segment chunk by chunk. Per token and head it reads q, k, v, beta, decays and writes o, and x unless None.
 
-    MAP: no output; the affine map S -> A S + B of every segment instead: tiles of B (from a zero state) into `final`,
-    then tiles of A (from the identity, v = 0) into `maps`.
     shift (2, heads): [0] is set where half precision overflowed; the RETRY launch runs those heads only, with v times
     2^shift[1], which is found (RETRY = 1) or read (2). Everything linear in v but o and `final` keeps that factor."""
     NV: tl.constexpr = VP // BV
-    TILES: tl.constexpr = NV + (KP // BV if MAP else 0)
     seg = tl.program_id(1)
-    tile = tl.program_id(0) % TILES
-    nh = tl.program_id(0) // TILES
+    i_v = tl.program_id(0) % NV
+    nh = tl.program_id(0) // NV
     h = nh % H
     b, t0, t1 = span(nh // H, seg, nseg, cu, T, STEP, VARLEN)
-    is_map = tile >= NV
-    i_v = tl.where(is_map, tile - NV, tile) if MAP else tile
     rk = tl.arange(0, KP)[None, :]
     rv = i_v * BV + tl.arange(0, BV)[:, None]
     rc = tl.arange(0, C)
@@ -87,19 +125,15 @@ def forward_kernel(
     if RETRY:
         if tl.load(shift + nh) == 0:
             return
-        if RETRY == 1:
-            exponent = fitting_shift(v, start, nh, cu, T, H, V, K * V, BV, NV, C, TMA, VARLEN)
-            tl.store(shift + heads + nh, exponent)
-        else:
-            exponent = tl.load(shift + heads + nh)
-        factor = power_of_two(exponent)
+        factor = head_factor(
+            v, start, nh, cu, T, H, heads, shift, V, K * V, BV, NV, C, TMA, VARLEN, FIND=RETRY == 1
+        )  # fmt: skip
     St = tl.zeros([BV, KP], tl.float32)
-    if MAP:
-        St = tl.where(is_map & (rv == rk), 1.0, St)
-    elif start is not None:
+    if start is not None:
         St = tl.load(start + at_state, mask=in_state, other=0.0) * factor
     row = (wide(b) * T) * H + h
     bc = tl.load(beta + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
+    a, aq, total = 0.0, 0.0, 0.0
     if GATED:
         a, aq, _first, total = load_decays(decays, row, t0, t0, t1, H, C, GB)
     for t in tl.range(t0, t1, C, num_stages=STAGES, disable_licm=True):
@@ -108,89 +142,39 @@ def forward_kernel(
         if GATED:
             a_next, aq_next, _first, total_next = load_decays(decays, row, t + C, t0, t1, H, C, GB)
         k16 = unit_operand(load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False), NORM, DT)
-        vt = tl.trans(load_rows(v, b, t, t1, T, h, H, tl.where(is_map, 0, i_v * BV), 0, C, 1, 1, V, BV, TMA, False))
+        vt = tl.trans(load_rows(v, b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA, False))
         vt = vt.to(tl.float32)
         if RETRY:
             vt = vt * factor
-        if MAP:
-            vt = tl.where(is_map, 0.0, vt)
         kt16 = tl.trans(k16)
-        N = mm(k16, kt16)
-        if GATED:
-            N = N * between(a, a)
-        D, _ = unit_lower_inverse(-N * bc[None, :], -N * bc[:, None], C, True, False, DT)
-        nDt16 = tl.trans(-D).to(DT)
+        nDt16 = chunk_inverse(mm(k16, kt16), bc, a, C, GATED, DT)
         S16 = St.to(DT)
-        if GATED:
-            nW = mm(S16, kt16) * tl.exp(a)[None, :] - vt
-        else:
-            nW = mma(S16, kt16, -vt)
-        X16 = mm(nW.to(DT), nDt16).to(DT)
+        X16 = corrections(S16, vt, kt16, nDt16, a, GATED, DT)
         Ut = X16.to(tl.float32) * bc[None, :]
         U16 = Ut.to(DT)
-        if not MAP:
-            for sub in tl.static_range(G // GB):
-                q16 = unit_operand(load_rows(q, b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA, False), NORM, DT)
-                P = tl.where(rq[:, None] >= rc[None, :], mm(q16, kt16) * scale, 0.0)
-                Ot = mm(S16, tl.trans(q16))
-                if GATED:
-                    P = P * between(aq, a)
-                    Ot = Ot * (tl.exp(aq) * scale)[None, :]
-                else:
-                    Ot = Ot * scale
-                Ot = mma(U16, tl.trans(P).to(DT), Ot)
-                if RETRY:
-                    Ot = Ot / factor
-                store_rows(o, tl.trans(Ot), b, t, t1, T, h, H, i_v * BV, sub, C, G, GB, V, BV, TMA_OUT)
+        for sub in tl.static_range(G // GB):
+            q16 = unit_operand(load_rows(q, b, t, t1, T, h, H, 0, sub, C, G, GB, K, KP, TMA, False), NORM, DT)
+            P = tl.where(rq[:, None] >= rc[None, :], mm(q16, kt16) * scale, 0.0)
+            Ot = mm(S16, tl.trans(q16))
+            if GATED:
+                P = P * between(aq, a)
+                Ot = Ot * (tl.exp(aq) * scale)[None, :]
+            else:
+                Ot = Ot * scale
+            Ot = mma(U16, tl.trans(P).to(DT), Ot)
+            if RETRY:
+                Ot = Ot / factor
+            store_rows(o, tl.trans(Ot), b, t, t1, T, h, H, i_v * BV, sub, C, G, GB, V, BV, TMA_OUT)
         if x is not None:
             store_rows(x, tl.trans(X16), b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA_OUT)
+        St = written(St, Ut, k16, a, total, GATED, DT)
         if GATED:
-            U16 = (Ut * tl.exp(total - a)[None, :]).to(DT)
-            St = St * tl.exp(total)
             a, aq, total = a_next, aq_next, total_next
-        St = mma(U16, k16, St)
         bc = b_next.to(tl.float32)
-    if MAP:
-        square = (wide(nh) * nseg + seg) * K * K + rk * K + rv
-        tl.store(maps + square, St, mask=(rk < K) & (rv < K) & is_map)
-        tl.store(final + at_state, St / factor, mask=in_state & (tile < NV))
-    else:
-        if seg == nseg - 1:
-            tl.store(final + wide(nh) * K * V + rk * V + rv, St / factor, mask=in_state)
-        if RETRY == 0 and tl.float16 == DT:
-            # what overflowed stays in the state and fails the comparison; 4096 leaves room for gradients
-            fits = tl.min(tl.min(tl.where(tl.abs(St) < 4096.0, 1, 0), 1), 0)
-            if fits == 0:
-                tl.store(shift + nh, 1)
-
-
-@triton.jit(do_not_specialize=["nseg"])
-def scan_kernel(
-    maps, offsets, first, states, last, shift, nseg,
-    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
-    RETRY: tl.constexpr,
-):  # fmt: skip
-    """states[0] = first (0 if None), states[s + 1] = A_s states[s] + B_s; what follows the last into `last`.
-    REVERSE: from the last segment down, with A^T. Grid (documents * H * V tiles). Products in tf32x3."""
-    NV: tl.constexpr = VP // BV
-    nh = (tl.program_id(0) // NV).to(tl.int64)
-    if RETRY:
-        if tl.load(shift + nh) == 0:
-            return
-    rv = ((tl.program_id(0) % NV) * BV + tl.arange(0, BV))[None, :]
-    rk = tl.arange(0, KP)[:, None]
-    rj = tl.arange(0, KP)[None, :]
-    at = rk * V + rv
-    inside = (rk < K) & (rv < V)
-    at_map = (rj * K + rk) if REVERSE else (rk * K + rj)
-    S = tl.zeros([KP, BV], tl.float32)
-    if first is not None:
-        S = tl.load(first + nh * K * V + at, mask=inside, other=0.0)
-    for i in tl.range(0, nseg):
-        s = nseg - 1 - i if REVERSE else i
-        tl.store(states + (nh * nseg + s) * K * V + at, S, mask=inside)
-        A = tl.load(maps + (nh * nseg + s) * K * K + at_map, mask=(rk < K) & (rj < K), other=0.0)
-        B = tl.load(offsets + (nh * nseg + s) * K * V + at, mask=inside, other=0.0)
-        S = tl.dot(A, S, B, input_precision="tf32x3")
-    if last is not None:
-        tl.store(last + nh * K * V + at, S, mask=inside)
+    if seg == nseg - 1:
+        tl.store(final + wide(nh) * K * V + rk * V + rv, St / factor, mask=in_state)
+    if RETRY == 0 and tl.float16 == DT:
+        # what overflowed stays in the state and fails the comparison; 4096 leaves room for gradients
+        fits = tl.min(tl.min(tl.where(tl.abs(St) < 4096.0, 1, 0), 1), 0)
+        if fits == 0:
+            tl.store(shift + nh, 1)

@@ -15,8 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .backward import key_kernel, query_kernel, write_kernel
 from .configs import ANCHOR, CHUNK, SCAN, choose, group_block, padded, segments
 from .decode import step_kernel
-from .forward import forward_kernel, scan_kernel
+from .forward import forward_kernel
 from .gate import decay_kernel, gate_kernel, largest_kernel, unit_gradient_kernel
+from .segments import map_kernel, scan_kernel
 
 
 @cache
@@ -128,17 +129,14 @@ def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, 
     inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, v, 1, BV), beta, decays]
     outputs = [written(c, o, GB, BV), written(c, x, 1, BV)]
     flags = c.shape_flags() | {"GB": GB, "BV": BV, "STAGES": config.stages, "num_warps": config.num_warps}
-    sizes = (scale, c.T, c.H, n, c.heads)
+    sizes = (c.T, c.H, n, c.heads)
     for retry in range(2 if c.half else 1):
         if n > 1:
-            forward_kernel[(c.heads * ((VP + KP) // BV), n)](
-                *inputs, None, None, initial_state, offsets, maps, cu_seqlens, shift, *sizes,
-                MAP=True, RETRY=retry, **flags,
-            )  # fmt: skip
+            segment_maps(c, k, v, beta, decays, initial_state, offsets, maps, cu_seqlens, shift, retry)
             scan(c, maps, offsets, initial_state, starts, None, shift, reverse=False, retry=retry)
         forward_kernel[(c.heads * (VP // BV), n)](
-            *inputs, *outputs, initial_state if n == 1 else starts, final, None, cu_seqlens, shift, *sizes,
-            MAP=False, RETRY=retry and (1 if n == 1 else 2), **flags,
+            *inputs, *outputs, initial_state if n == 1 else starts, final, cu_seqlens, shift, scale, *sizes,
+            RETRY=retry and (1 if n == 1 else 2), **flags,
         )  # fmt: skip
     return o, final, x, shift, starts, maps
 
@@ -154,6 +152,18 @@ def chunk_decays(c: Case, g, cu_seqlens):
         g, decays, cu_seqlens, c.T, c.H, BH=BH, C=CHUNK, STEP=ANCHOR, VARLEN=c.is_packed, num_warps=4
     )
     return decays
+
+
+def segment_maps(c: Case, k, v, beta, decays, initial_state, offsets, maps, cu_seqlens, shift, retry: int) -> None:
+    KP, VP = padded(c.K), padded(c.V)
+    config = choose("map", KP, max(KP, VP), c.is_gated)
+    flags = c.shape_flags()
+    del flags["G"], flags["TMA_OUT"]
+    map_kernel[(c.heads * (max(KP, VP) // config.tile), c.segments)](
+        rows(c, k, 1, KP), rows(c, v, 1, config.tile), beta, decays, initial_state, offsets, maps, cu_seqlens, shift,
+        c.T, c.H, c.segments, c.heads,
+        BV=config.tile, STAGES=config.stages, RETRY=retry, num_warps=config.num_warps, **flags,
+    )  # fmt: skip
 
 
 def scan(c: Case, maps, offsets, first, states, last, shift, *, reverse: bool, retry: int) -> None:

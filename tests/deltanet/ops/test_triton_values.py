@@ -93,6 +93,16 @@ def test_segments_chain_exactly(cut, decay):
     check(torch.float32, T=270, decay=decay, state=True, H=1)
 
 
+@pytest.mark.parametrize("size", [(16, 64), (64, 16)])
+def test_maps_of_states_that_are_not_square(cut, size):
+    cut(segments=3)
+    check(T=70, K=size[0], V=size[1], state=True, H=1)
+
+
+def test_gradient_of_the_gate_over_blocks_of_heads_and_tokens():
+    check(T=280, H=3, lengths=(0, 260, 20), decay="near1", state=True)
+
+
 def test_segments_of_packed_documents(cut):
     cut(segments=3)
     check(T=75, lengths=(50, 25), state=True, H=1)
