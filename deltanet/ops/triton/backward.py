@@ -150,14 +150,14 @@ def write_kernel(
         kk = mm(k16, kt16)
         N = kk
         if GATED:
-            to_end = tl.exp(total - a) * owed
+            to_end = tl.exp2(total - a) * owed
             gamma = between(a, a)
             N = kk * gamma
         _, Dt = unit_lower_inverse(-N * bc[:, None], -N * bc[None, :], C, False, True, DT)
         dS16 = dSt.to(DT)
         if GATED:
             dU = mm(dS16, kt16) * to_end[None, :]
-            dSt = dSt * (owed * tl.exp(total - a_first))
+            dSt = dSt * (owed * tl.exp2(total - a_first))
         else:
             dU = mm(dS16, kt16)
         for sub in tl.static_range(G // GB):
@@ -169,14 +169,14 @@ def write_kernel(
                 Pt = Pt * between(a, aq)
             dU = mma(dot16, tl.trans(Pt).to(DT), dU)
             if GATED:
-                dSt = mma((dot16.to(tl.float32) * tl.exp(aq - a_first)[None, :]).to(DT), q16, dSt)
+                dSt = mma((dot16.to(tl.float32) * tl.exp2(aq - a_first)[None, :]).to(DT), q16, dSt)
             else:
                 dSt = mma(dot16, q16, dSt)
         dR = mm(dU.to(DT), tl.trans(Dt).to(DT))
         dW = dR * bc[None, :]
         if GATED:
-            dSt = mma((dW * -tl.exp(a - a_first)[None, :]).to(DT), k16, dSt)
-            owed = tl.exp(a_first)
+            dSt = mma((dW * -tl.exp2(a - a_first)[None, :]).to(DT), k16, dSt)
+            owed = tl.exp2(a_first)
         else:
             dSt = mma((-dW).to(DT), k16, dSt)
         if not MAP:
@@ -286,11 +286,11 @@ def key_kernel(
         if GATED:
             gamma = between(a, a)
             kk = mm(k16, kt16)
-            dKt = dKt * (bc * tl.exp(total - a) * owed)[None, :]
+            dKt = dKt * (bc * tl.exp2(total - a) * owed)[None, :]
             z = tl.sum(dKt * kt16.to(tl.float32), 0)
-            dS = dS * (owed * tl.exp(total - a_first))
-            kt_left = (kt16.to(tl.float32) * (bc * -tl.exp(a - a_first))[None, :]).to(DT)
-            owed = tl.exp(a_first)
+            dS = dS * (owed * tl.exp2(total - a_first))
+            kt_left = (kt16.to(tl.float32) * (bc * -tl.exp2(a - a_first))[None, :]).to(DT)
+            owed = tl.exp2(a_first)
         else:
             dKt = dKt * bc[None, :]
             kt_left = (kt16.to(tl.float32) * -bc[None, :]).to(DT)
@@ -309,7 +309,7 @@ def key_kernel(
             if GATED:
                 lasting = between(a, aq)
                 Pt = mm(k16, qt16) * lasting
-                qt_left = (qt16.to(tl.float32) * tl.exp(aq - a_first)[None, :]).to(DT)
+                qt_left = (qt16.to(tl.float32) * tl.exp2(aq - a_first)[None, :]).to(DT)
             dKt, gate = key_from_queries(dKt, gate, Pt, xt, tl.trans(do16), qt16, bc, lasting, rq, rc, C, GATED)
             dS = mma(qt_left, do16, dS)
         dKt, gate, _ = key_from_keys(dKt, gate, kk, xt, tl.trans(dr16), kt16, bc, gamma, rc, C, GATED)
@@ -389,7 +389,7 @@ def query_kernel(
                 slot = anchor_slot(nh // H, seg, nseg, t0, T, cu, STEP, VARLEN) + (t - t0) // STEP
                 dS = tl.load(anchors + (slot * H + h) * K * V + rk * V + rv, mask=in_state, other=0.0)
                 tl.store(edges + wide(i_k) * edge_part + slot * H + h, tl.sum(tl.sum(S * dS, 1), 0))
-            dKt = dKt * tl.exp(a)[None, :]
+            dKt = dKt * tl.exp2(a)[None, :]
             y = tl.sum(dKt * kt16.to(tl.float32), 0)
         for sub in tl.static_range(G // GB):
             do_rows = load_rows(do, b, t, t1, T, h, H, 0, sub, C, G, GB, V, VP, TMA, VARLEN)
@@ -408,15 +408,15 @@ def query_kernel(
                 qt = qt * q_length[None, :]
             if GATED:
                 dP = dP * between(aq, a)
-                dQt = dQt * tl.exp(aq)[None, :]
+                dQt = dQt * tl.exp2(aq)[None, :]
                 y += tl.sum(tl.reshape(tl.sum(dQt * qt, 0), [C, GB]), 1)
             dQt = mma(kt16, tl.trans(dP).to(DT), dQt)
             if NORM and NK == 1:
                 dQt = through_length(dQt, qt, q_length)
             store_rows(dq, tl.trans(dQt * restore), b, t, t1, T, h, H, i_k * BK, sub, C, G, GB, K, BK, TMA_OUT)
         if GATED:
-            kt_left = (kt16.to(tl.float32) * (bc * tl.exp(total - a))[None, :]).to(DT)
-            S = S * tl.exp(total)
+            kt_left = (kt16.to(tl.float32) * (bc * tl.exp2(total - a))[None, :]).to(DT)
+            S = S * tl.exp2(total)
             tl.store(dy + wide(i_k) * part + row + (t + rc).to(tl.int64) * H, y, mask=t + rc < t1)
             a, aq, total = a_next, aq_next, total_next
         else:

@@ -122,8 +122,8 @@ def store_rows(
 
 @triton.jit
 def load_decays(decays, row, t, t0, t1, H, C: tl.constexpr, GB: tl.constexpr):
-    """The log decay from the start of the chunk at t through every token, [C], the same for query rows, [C*GB], through
-    its first token, and through its last; 0 outside t0..t1."""
+    """The decay, as log2, from the start of the chunk at t through every token, [C], the same for query rows, [C*GB],
+    through its first token, and through its last; 0 outside t0..t1."""
     exists = (t >= t0) & (t < t1)
     rc = tl.arange(0, C)
     here = decays + row + wide(t) * H
@@ -140,8 +140,8 @@ def load_decays(decays, row, t, t0, t1, H, C: tl.constexpr, GB: tl.constexpr):
 
 @triton.jit
 def between(a_row, a_col):
-    """exp(-|a_row - a_col|): the decay between two tokens, whichever is later."""
-    return tl.exp(-tl.abs(a_row[:, None] - a_col[None, :]))
+    """2^-|a_row - a_col|: the decay between two tokens, whichever is later."""
+    return tl.exp2(-tl.abs(a_row[:, None] - a_col[None, :]))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ A chunk of C = 16 tokens that starts from S_0 (all decays g = 0 when there is no
 
 X_t = v_t - (what the state held for k_t): kept for the backward, in place of v, U and W.
 """
-# ruff: noqa: SIM102, SIM108
+# ruff: noqa: SIM108
 
 import triton
 import triton.language as tl
@@ -67,7 +67,7 @@ def chunk_inverse(kk, bc, a, C: tl.constexpr, GATED: tl.constexpr, DT: tl.conste
 def corrections(S16, vt, kt16, nDt16, a, GATED: tl.constexpr, DT: tl.constexpr):
     """X^T as an operand, from S_0^T and V^T."""
     if GATED:
-        nW = mm(S16, kt16) * tl.exp(a)[None, :] - vt
+        nW = mm(S16, kt16) * tl.exp2(a)[None, :] - vt
     else:
         nW = mma(S16, kt16, -vt)
     return mm(nW.to(DT), nDt16).to(DT)
@@ -77,8 +77,8 @@ def corrections(S16, vt, kt16, nDt16, a, GATED: tl.constexpr, DT: tl.constexpr):
 def written(St, Ut, k16, a, total, GATED: tl.constexpr, DT: tl.constexpr):
     """S_1^T from S_0^T and U^T."""
     if GATED:
-        Ut = Ut * tl.exp(total - a)[None, :]
-        St = St * tl.exp(total)
+        Ut = Ut * tl.exp2(total - a)[None, :]
+        St = St * tl.exp2(total)
     return mma(Ut.to(DT), k16, St)
 
 
@@ -158,7 +158,7 @@ def forward_kernel(
             Ot = mm(S16, tl.trans(q16))
             if GATED:
                 P = P * between(aq, a)
-                Ot = Ot * (tl.exp(aq) * scale)[None, :]
+                Ot = Ot * (tl.exp2(aq) * scale)[None, :]
             else:
                 Ot = Ot * scale
             Ot = mma(U16, tl.trans(P).to(DT), Ot)

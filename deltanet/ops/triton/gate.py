@@ -16,14 +16,16 @@ from .forward import power_of_two
 
 LOWEST_DECAY = tl.constexpr(-80.0)
 """As in ../chunk.py: exp of it is below every rounding error, and sums of 16 stay exact enough."""
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def decay_kernel(
     g, decays, cu, T, H, BH: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, VARLEN: tl.constexpr
 ):  # fmt: skip
-    """Log decays summed from the start of every chunk. Grid (documents * blocks of BH heads, parts): part p takes every
-    so many-th STEP tokens. Chunks count from the document's start, as in the walks, whose segments are whole STEPs."""
+    """Log decays summed from the start of every chunk, in log2: the card has an instruction for powers of two. Grid
+    (documents * blocks of BH heads, parts): part p takes every so many-th STEP tokens. Chunks count from the document's
+    start, as in the walks, whose segments are whole STEPs."""
     blocks = tl.cdiv(H, BH)
     b, t0, t1 = span(tl.program_id(0) // blocks, 0, 1, cu, T, STEP, VARLEN)
     h = (tl.program_id(0) % blocks) * BH + tl.arange(0, BH)[None, None, :]
@@ -32,7 +34,7 @@ def decay_kernel(
         inside = (t + token < t1) & (h < H)
         at = (wide(b) * T + t + token) * H + h
         sums = tl.cumsum(tl.maximum(tl.load(g + at, mask=inside, other=0.0).to(tl.float32), LOWEST_DECAY), 1)
-        tl.store(decays + at, sums, mask=inside)
+        tl.store(decays + at, sums * LOG2_E, mask=inside)
 
 
 @triton.jit

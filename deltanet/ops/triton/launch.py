@@ -142,7 +142,7 @@ def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, 
 
 
 def chunk_decays(c: Case, g, cu_seqlens):
-    """Log decays summed from the start of every chunk, or None without a gate."""
+    """Decays summed from the start of every chunk, in log2, or None without a gate."""
     if not c.is_gated:
         return None
     decays = torch.empty(g.shape, dtype=torch.float32, device=g.device)

@@ -1,5 +1,7 @@
 """Few long sequences: the affine map of every segment, and the scan that chains them (README.md, "Kernels")."""
 
+# ruff: noqa: SIM102
+
 import triton
 import triton.language as tl
 

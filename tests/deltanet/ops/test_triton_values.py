@@ -100,7 +100,7 @@ def test_maps_of_states_that_are_not_square(cut, size):
 
 
 def test_gradient_of_the_gate_over_blocks_of_heads_and_tokens():
-    check(T=280, H=3, lengths=(0, 260, 20), decay="near1", state=True)
+    check(torch.float32, T=280, H=3, lengths=(0, 260, 20), decay="near1", state=True)
 
 
 def test_segments_of_packed_documents(cut):
