@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .chunk import (
     between,
+    decay_row,
     inverse_length,
     load_decays,
     load_rows,
@@ -136,13 +137,14 @@ def write_kernel(
     tc = t0 + (chunks - 1) * C + rc
     bc = tl.load(beta + row + tc.to(tl.int64) * H, mask=(tc >= t0) & (tc < t1), other=0.0).to(tl.float32)
     if GATED:
-        a, aq, a_first, total = load_decays(decays, row, t0 + (chunks - 1) * C, t0, t1, H, C, GB)
+        decays += decay_row(nh // H, h, H, cu, T, C, VARLEN)[0]
+        a, aq, a_first, total = load_decays(decays, t0 + (chunks - 1) * C, C, GB)
     for n in tl.range(0, chunks, 1, num_stages=STAGES, disable_licm=True):
         t = t0 + (chunks - 1 - n) * C
         before = t - C + rc
         b_next = tl.load(beta + row + before.to(tl.int64) * H, mask=before >= t0, other=0.0)
         if GATED:
-            a_next, aq_next, first_next, total_next = load_decays(decays, row, t - C, t0, t1, H, C, GB)
+            a_next, aq_next, first_next, total_next = load_decays(decays, t - C, C, GB)
         k16 = unit_operand(load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False), NORM, DT)
         if not MAP:
             xt = tl.trans(load_rows(x, b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA, False))
@@ -264,13 +266,14 @@ def key_kernel(
     tc = t0 + (chunks - 1) * C + rc
     bc = tl.load(beta + row + tc.to(tl.int64) * H, mask=(tc >= t0) & (tc < t1), other=0.0).to(tl.float32)
     if GATED:
-        a, aq, a_first, total = load_decays(decays, row, t0 + (chunks - 1) * C, t0, t1, H, C, GB)
+        decays += decay_row(nh // H, h, H, cu, T, C, VARLEN)[0]
+        a, aq, a_first, total = load_decays(decays, t0 + (chunks - 1) * C, C, GB)
     for n in tl.range(0, chunks, 1, num_stages=STAGES, disable_licm=True):
         t = t0 + (chunks - 1 - n) * C
         before = t - C + rc
         b_next = tl.load(beta + row + before.to(tl.int64) * H, mask=before >= t0, other=0.0)
         if GATED:
-            a_next, aq_next, first_next, total_next = load_decays(decays, row, t - C, t0, t1, H, C, GB)
+            a_next, aq_next, first_next, total_next = load_decays(decays, t - C, C, GB)
         k_rows = load_rows(k, b, t, t1, T, h, H, i_k * BK, 0, C, 1, 1, K, BK, TMA, False)
         k16 = operand(k_rows, DT)
         if NORM:
@@ -364,12 +367,13 @@ def query_kernel(
     row = (wide(b) * T) * H + h
     bc = tl.load(beta + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
     if GATED:
-        a, aq, _first, total = load_decays(decays, row, t0, t0, t1, H, C, GB)
+        decays += decay_row(nh // H, h, H, cu, T, C, VARLEN)[0]
+        a, aq, _first, total = load_decays(decays, t0, C, GB)
     for t in tl.range(t0, t1, C, num_stages=STAGES, disable_licm=True):
         after = t + C + rc
         b_next = tl.load(beta + row + after.to(tl.int64) * H, mask=after < t1, other=0.0)
         if GATED:
-            a_next, aq_next, _first, total_next = load_decays(decays, row, t + C, t0, t1, H, C, GB)
+            a_next, aq_next, _first, total_next = load_decays(decays, t + C, C, GB)
         k_rows = load_rows(k, b, t, t1, T, h, H, i_k * BK, 0, C, 1, 1, K, BK, TMA, False)
         kt16 = tl.trans(operand(k_rows, DT))
         if NORM:

@@ -121,21 +121,28 @@ def store_rows(
 
 
 @triton.jit
-def load_decays(decays, row, t, t0, t1, H, C: tl.constexpr, GB: tl.constexpr):
-    """The decay, as log2, from the start of the chunk at t through every token, [C], the same for query rows, [C*GB],
-    through its first token, and through its last; 0 outside t0..t1."""
-    exists = (t >= t0) & (t < t1)
-    rc = tl.arange(0, C)
-    here = decays + row + wide(t) * H
-    a = tl.load(here + rc * H, mask=exists & (t + rc < t1), other=0.0)
-    if GB == 1:
-        aq = a
+def decay_row(n, h, H, cu, T, C: tl.constexpr, VARLEN: tl.constexpr):
+    """First decay of head h of document n, and of its next head, in rows padded to whole chunks; one chunk before all."""
+    if VARLEN:
+        begin = tl.load(cu + n).to(tl.int32)
+        padded = tl.cdiv(tl.load(cu + n + 1).to(tl.int32) - begin, C) * C
+        first = (wide(begin) // C + n) * C * H
     else:
-        rq = tl.arange(0, C * GB) // GB
-        aq = tl.load(here + rq * H, mask=exists & (t + rq < t1), other=0.0)
-    first = tl.load(here, mask=exists, other=0.0)
-    total = tl.load(here + (tl.minimum(t + C, t1) - 1 - t) * H, mask=exists, other=0.0)
-    return a, aq, first, total
+        begin = 0
+        padded = tl.cdiv(T, C) * C
+        first = wide(n) * H * padded
+    return C + first + h * wide(padded) - begin, padded
+
+
+@triton.jit
+def load_decays(row, t, C: tl.constexpr, GB: tl.constexpr):
+    """The decay, as log2, from the start of the chunk at t through every token, [C], the same for query rows, [C*GB],
+    through its first token, and through its last. `row` is of decay_row; past either end there is something unused."""
+    a = tl.load(row + t + tl.arange(0, C))
+    aq = a
+    if GB > 1:
+        aq = tl.load(row + t + tl.arange(0, C * GB) // GB)
+    return a, aq, tl.load(row + t), tl.load(row + t + C - 1)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .chunk import (
     between,
+    decay_row,
     load_decays,
     load_rows,
     mm,
@@ -135,12 +136,13 @@ def forward_kernel(
     bc = tl.load(beta + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
     a, aq, total = 0.0, 0.0, 0.0
     if GATED:
-        a, aq, _first, total = load_decays(decays, row, t0, t0, t1, H, C, GB)
+        decays += decay_row(nh // H, h, H, cu, T, C, VARLEN)[0]
+        a, aq, _first, total = load_decays(decays, t0, C, GB)
     for t in tl.range(t0, t1, C, num_stages=STAGES, disable_licm=True):
         after = t + C + rc
         b_next = tl.load(beta + row + after.to(tl.int64) * H, mask=after < t1, other=0.0)
         if GATED:
-            a_next, aq_next, _first, total_next = load_decays(decays, row, t + C, t0, t1, H, C, GB)
+            a_next, aq_next, _first, total_next = load_decays(decays, t + C, C, GB)
         k16 = unit_operand(load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False), NORM, DT)
         vt = tl.trans(load_rows(v, b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA, False))
         vt = vt.to(tl.float32)

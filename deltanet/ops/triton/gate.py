@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .backward import anchor_slot, loss_scale
-from .chunk import span, wide
+from .chunk import decay_row, span, wide
 from .forward import power_of_two
 
 LOWEST_DECAY = tl.constexpr(-80.0)
@@ -25,16 +25,19 @@ def decay_kernel(
 ):  # fmt: skip
     """Log decays summed from the start of every chunk, in log2: the card has an instruction for powers of two. Grid
     (documents * blocks of BH heads, parts): part p takes every so many-th STEP tokens. Chunks count from the document's
-    start, as in the walks, whose segments are whole STEPs."""
+    start, as in the walks, whose segments are whole STEPs; `decays` has rows of tokens (decay_row), not of heads, so
+    that a walk reads neighbours."""
     blocks = tl.cdiv(H, BH)
-    b, t0, t1 = span(tl.program_id(0) // blocks, 0, 1, cu, T, STEP, VARLEN)
+    n = tl.program_id(0) // blocks
+    b, t0, t1 = span(n, 0, 1, cu, T, STEP, VARLEN)
     h = (tl.program_id(0) % blocks) * BH + tl.arange(0, BH)[None, None, :]
+    row, padded = decay_row(n, h, H, cu, T, C, VARLEN)
     token = tl.arange(0, STEP // C)[:, None, None] * C + tl.arange(0, C)[None, :, None]
     for t in tl.range(t0 + tl.program_id(1) * STEP, t1, tl.num_programs(1) * STEP):
         inside = (t + token < t1) & (h < H)
         at = (wide(b) * T + t + token) * H + h
         sums = tl.cumsum(tl.maximum(tl.load(g + at, mask=inside, other=0.0).to(tl.float32), LOWEST_DECAY), 1)
-        tl.store(decays + at, sums * LOG2_E, mask=inside)
+        tl.store(decays + row + t + token, sums * LOG2_E, mask=(t - t0 + token < padded) & (h < H))
 
 
 @triton.jit

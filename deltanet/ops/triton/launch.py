@@ -145,7 +145,8 @@ def chunk_decays(c: Case, g, cu_seqlens):
     """Decays summed from the start of every chunk, in log2, or None without a gate."""
     if not c.is_gated:
         return None
-    decays = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    chunks = c.T // CHUNK + c.documents if c.is_packed else c.B * triton.cdiv(c.T, CHUNK)
+    decays = torch.empty((chunks * c.H + 2) * CHUNK, dtype=torch.float32, device=g.device)
     BH = min(triton.next_power_of_2(c.H), 32)
     parts = min(triton.cdiv(c.T, ANCHOR), 64)
     decay_kernel[(c.documents * triton.cdiv(c.H, BH), parts)](

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from .chunk import load_decays, load_rows, mm, span, unit_operand, wide
+from .chunk import decay_row, load_decays, load_rows, mm, span, unit_operand, wide
 from .forward import chunk_inverse, corrections, head_factor, written
 
 
@@ -42,12 +42,13 @@ def map_kernel(
     bc = tl.load(beta + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
     a, total = 0.0, 0.0
     if GATED:
-        a, _aq, _first, total = load_decays(decays, row, t0, t0, t1, H, C, 1)
+        decays += decay_row(nh // H, h, H, cu, T, C, VARLEN)[0]
+        a, _aq, _first, total = load_decays(decays, t0, C, 1)
     for t in tl.range(t0, t1, C, num_stages=STAGES, disable_licm=True):
         after = t + C + rc
         b_next = tl.load(beta + row + after.to(tl.int64) * H, mask=after < t1, other=0.0)
         if GATED:
-            a_next, _aq, _first, total_next = load_decays(decays, row, t + C, t0, t1, H, C, 1)
+            a_next, _aq, _first, total_next = load_decays(decays, t + C, C, 1)
         k16 = unit_operand(load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False), NORM, DT)
         vt = tl.trans(load_rows(v, b, t, t1, T, h, H, tile * BV, 0, C, 1, 1, V, BV, TMA, False)).to(tl.float32)
         if RETRY:
