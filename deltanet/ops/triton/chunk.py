@@ -122,7 +122,8 @@ def store_rows(
 
 @triton.jit
 def decay_row(n, h, H, cu, T, C: tl.constexpr, VARLEN: tl.constexpr):
-    """First decay of head h of document n, and of its next head, in rows padded to whole chunks; one chunk before all."""
+    """Where the decay of token t of head h of document n lies, less t; and the length of a row, in whole chunks. Before
+    the first row, and after the last, there is room for one chunk."""
     if VARLEN:
         begin = tl.load(cu + n).to(tl.int32)
         padded = tl.cdiv(tl.load(cu + n + 1).to(tl.int32) - begin, C) * C
