@@ -21,13 +21,25 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from .config import DeltaNetConfig
+from .errors import UserError
 from .history import History
 from .ops import delta_rule, delta_rule_step_
+from .rollback import CAPACITY
 
 PLAIN_HALF_LIFE = 16
 """Tokens after which an uncalibrated gated layer has forgotten half. On real teachers a plain copy that forgets
 starts 5 to 20 times closer than one that does not (measured: docs/results/calibration.md)."""
 LONGEST_STEP = 16
+
+
+def _aligned(memories: list[torch.Tensor]) -> torch.Tensor:
+    """(N, C, L) side by side along C, the shorter ones filled up in front."""
+    reach = max(m.shape[2] for m in memories)
+    return torch.cat([F.pad(m, (reach - m.shape[2], 0)) for m in memories], 1)
+
+
+def _tokens(piece: slice, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if x is None else x[:, piece] for x in tensors]
 
 
 class Neutral(nn.Linear):
@@ -120,14 +132,13 @@ class DeltaMixer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         past: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """x (B, T, D) -> q (B, T, HQ, hd), k, v (B, T, KV, hd), not yet of unit length, and the convolution's
-        new memory (N, channels, conv_kernel - 1) or None. `past` is its old memory."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, History | None]:
+        """x (B, T, D) -> q (B, T, HQ, hd), k, v (B, T, KV, hd), not yet of unit length, and the history of what the
+        convolution read, or None without one. `past` is the convolution's memory (N, channels, conv_kernel - 1)."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        memory = None
+        history = None
         if self.config.conv_kernel:
             history = History(torch.cat([q, k, v], -1), self.conv_reach, past, cu_seqlens)
-            memory = history.latest()
             first, second = q.shape[-1], q.shape[-1] + k.shape[-1]
             q = self.q_conv(history, slice(0, first))
             k = self.k_conv(history, slice(first, second))
@@ -137,7 +148,7 @@ class DeltaMixer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
-        return q, k, v, memory
+        return q, k, v, history
 
     def strengths(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """beta and log decay g of every state head, (B, T, state heads) in float32; g is None without a gate."""
@@ -227,36 +238,27 @@ class DeltaMixer(nn.Module):
     def _mix(self, x, position_embeddings, cache, cu_seqlens) -> torch.Tensor:
         layer = cache.layers[self.layer_idx] if cache is not None else None
         memory = layer.conv_states[0] if layer is not None else None
-        state = layer.recurrent_states[0] if layer is not None else None
         # One tensor holds both memories, the convolution's inputs and the taps' values, each right-aligned.
         conv_past = skip_past = None
         if memory is not None:
             conv_channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.conv_reach else 0
             conv_past = memory[:, :conv_channels, memory.shape[2] - self.conv_reach :] if self.conv_reach else None
             skip_past = memory[:, conv_channels:, memory.shape[2] - self.skip_reach :] if self.skip_reach else None
-        q, k, v, conv_memory = self.project(x, position_embeddings, conv_past, cu_seqlens)
+        q, k, v, convolved = self.project(x, position_embeddings, conv_past, cu_seqlens)
         skipped = History(v.flatten(2), self.skip_reach, skip_past, cu_seqlens)
         beta, g = self.strengths(x)
         is_first = self._first_tokens(layer, skipped) if self.config.exact_start else None
-        in_place = state is not None and cu_seqlens is None and x.shape[1] <= LONGEST_STEP
-        if in_place and not torch.is_grad_enabled():
-            z, final = (
-                delta_rule_step_(q, self.expand(k), self.expand(v), beta, state, g=g, scale=1.0, normalize_qk=True),
-                None,
-            )
+        histories = [h for h in (convolved, skipped) if h is not None and h.reach]
+        if getattr(layer, "record_past", False):
+            z = self._recorded(layer, q, k, v, beta, g, cu_seqlens, histories)
         else:
-            z, final = self.read(q, k, v, beta, g, cu_seqlens, state, return_state=layer is not None)
+            z = self._advanced(layer, q, k, v, beta, g, cu_seqlens)
         o = self.combine(x, z.to(x.dtype), skipped)
         if is_first is not None:
             o = torch.where(is_first[..., None], v.repeat_interleave(self.group, dim=2).flatten(2), o)
-        if layer is not None:  # only now, since `skipped` may look back into the cache's own tensor
-            if final is not None:
-                self._store(layer, "recurrent_states", final)
-            skip_memory = skipped.latest() if self.skip_reach else None
-            memories = [m for m in (conv_memory if self.conv_reach else None, skip_memory) if m is not None]
-            if memories:
-                reach = max(m.shape[2] for m in memories)
-                self._store(layer, "conv_states", torch.cat([F.pad(m, (reach - m.shape[2], 0)) for m in memories], 1))
+        if layer is not None:
+            if histories:  # only now, since `skipped` may look back into the cache's own tensor
+                self._store(layer, "conv_states", _aligned([h.latest() for h in histories]))
             layer.has_previous_state[0] = True
             layer.device = x.device
         return self.o_proj(o)
@@ -270,6 +272,42 @@ class DeltaMixer(nn.Module):
             return None
         # Of padded rows that go on from a cache, those whose state is still empty had nothing but padding so far.
         return history.is_first(~layer.recurrent_states[0].flatten(1).any(1))
+
+    def _advanced(self, layer, q, k, v, beta, g, cu_seqlens) -> torch.Tensor:
+        """What the queries read (B, T, HQ, hd); the layer's state, if there is a layer, moves on."""
+        state = layer.recurrent_states[0] if layer is not None else None
+        in_place = state is not None and cu_seqlens is None and q.shape[1] <= LONGEST_STEP
+        if in_place and not torch.is_grad_enabled():
+            return delta_rule_step_(q, self.expand(k), self.expand(v), beta, state, g=g, scale=1.0, normalize_qk=True)
+        z, final = self.read(q, k, v, beta, g, cu_seqlens, state, return_state=layer is not None)
+        if layer is not None:
+            self._store(layer, "recurrent_states", final)
+        return z
+
+    def _recorded(self, layer, q, k, v, beta, g, cu_seqlens, histories) -> torch.Tensor:
+        """As `_advanced`, and the last tokens can be taken back (rollback.py)."""
+        if cu_seqlens is not None:
+            raise UserError("a cache that records its past takes no padding: decode sequences of one length")
+        vectors = _aligned([h.x.transpose(1, 2) for h in histories]) if histories else None
+        if layer.recurrent_states[0] is None:
+            heads, size = self.config.num_state_heads, self.head_dim
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            self._store(layer, "recurrent_states", q.new_zeros(q.shape[0], heads, size, size, dtype=dtype))
+            if histories:
+                reach = max(h.reach for h in histories)
+                self._store(layer, "conv_states", vectors.new_zeros(*vectors.shape[:2], reach))
+        read, head = [], max(0, q.shape[1] - CAPACITY)
+        if head:
+            read.append(self._advanced(layer, *_tokens(slice(head), q, k, v, beta, g), None))
+            if histories:
+                memory = layer.conv_states[0]
+                memory.copy_(torch.cat([memory, vectors[..., :head]], -1)[..., -memory.shape[2] :])
+            layer.has_previous_state[0] = True
+            layer.settle()
+        q, k, v, beta, g = _tokens(slice(head, None), q, k, v, beta, g)
+        layer.note(self.expand(k), self.expand(v), beta, g, vectors[..., head:] if histories else None)
+        read.append(self._advanced(layer, q, k, v, beta, g, None))
+        return torch.cat(read, 1)
 
     @staticmethod
     def _store(layer, kind: str, value: torch.Tensor) -> None:

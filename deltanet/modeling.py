@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.masking_utils import (
     create_causal_mask,
     create_recurrent_attention_mask,
@@ -35,6 +36,7 @@ from .config import DeltaNetConfig
 from .errors import UserError
 from .mixer import Convolution, DeltaMixer, Neutral
 from .packed_attention import packed_attention
+from .rollback import StateLayer
 
 # transformers 5.24 renamed the argument and the output field from `past_key_values` to `cache`.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -44,9 +46,20 @@ def _seen_tokens(cache, layer_idx: int = 0) -> int:
     return getattr(cache, "seen_tokens", 0)
 
 
-def _teach_length(cache) -> None:
-    """Lets a cache of linear layers alone answer `get_seq_length`: transformers asks for it, and only layers with
-    keys can tell. `DeltaNetModel.forward` counts. A bound method, so that deep copies of the cache count their own."""
+def _crop(cache, tokens_to_remove: int) -> None:
+    type(cache).crop(cache, tokens_to_remove)
+    seen = _seen_tokens(cache)
+    cache.seen_tokens = min(seen, tokens_to_remove) if tokens_to_remove > 0 else seen + tokens_to_remove
+
+
+def _teach(cache) -> None:
+    """Makes transformers' cache fit for linear layers, which by themselves neither count tokens nor take them back: the
+    cache counts what `DeltaNetModel.forward` has run, and its linear layers can `crop` (rollback.py). Bound methods, so
+    that deep copies of the cache count their own."""
+    for layer in cache.layers:
+        if type(layer) is LinearAttentionLayer:
+            layer.__class__ = StateLayer
+    cache.crop = types.MethodType(_crop, cache)
     if not any(hasattr(layer, "keys") for layer in cache.layers):
         cache.get_seq_length = types.MethodType(_seen_tokens, cache)
 
@@ -141,7 +154,8 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _is_stateful = True
+    # transformers refuses assisted generation where this is set. Before it could record a cache's past, it should.
+    _is_stateful = not hasattr(LinearAttentionLayer, "activate_past_recording")
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
 
     @torch.no_grad()
@@ -218,7 +232,7 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         if position_ids is None:
             position_ids = self._positions(batch, tokens, attention_mask, cache, cu_seqlens, inputs_embeds.device)
         if cache is not None:
-            _teach_length(cache)
+            _teach(cache)
             cache.seen_tokens = _seen_tokens(cache) + tokens
 
         masks, longest = attention_mask, None
@@ -285,7 +299,7 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get(CACHE) is not None:
-            _teach_length(model_kwargs[CACHE])
+            _teach(model_kwargs[CACHE])
         return prepared
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):

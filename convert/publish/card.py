@@ -213,7 +213,7 @@ def _limits(config: DeltaNetConfig, trained: bool) -> str:
     if LINEAR in config.layer_types:
         lines += [
             "A state of fixed size forgets: exact recall over long distances is weaker than with attention everywhere.",
-            "A state cannot be cut back, so assisted generation and cropping the cache do not work.",
+            "Assisted generation needs transformers 5.24 or newer, and sequences without padding.",
         ]
     if not trained:
         lines.append("It is a start for distillation; no gradient step has been made.")
