@@ -3,8 +3,9 @@
     python -m benchmarks.scaling [--gpus N] [--seq-len 4096] [--steps 12] [--same-steps 50] [--peer] [--out FOLDER]
 
 Teacher and `global2` student have the shapes of Llama-3.2-1B and random weights made on the machine; the text is random
-tokens, packed. Every measurement is a launch of torchrun of its own, on one GPU and then on N, so that efficiency is
-against one GPU of the same host in the same run. `--tiny` runs everything on CPUs with a toy model, to try the script.
+tokens, packed. Everything is measured on one GPU and then on N of the same host in the same run, each a launch of
+torchrun that goes through all settings; one that fails is told, and a new launch goes on behind it. `--tiny` runs
+everything on CPUs with a toy model, to try the script.
 
 Model FLOPs of a token (`flops_per_token`): 6 x the student's matrix parameters (forward and backward), 2 x the
 teacher's, the heads included; causal softmax attention 2 T HQ hd a token and layer forward, three times that with
@@ -14,6 +15,7 @@ sequence. Peak of an H100: 989 TFLOP/s (bfloat16, dense).
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -68,8 +70,23 @@ def sequence(position: int, length: int, vocabulary: int):
     return assemble(np.split(random.integers(0, vocabulary, length), cuts), length)
 
 
-def worker(task: dict) -> None:
-    """One process of one measurement; rank 0 prints the result as the last line."""
+def worker(tasks: list[dict]) -> None:
+    """One process of a launch; rank 0 prints a line per result."""
+    from distill.world import start_world
+
+    world = start_world()
+    for task in tasks:
+        result = measure(task, world)
+        if world.is_main:
+            print("RESULT " + json.dumps(result), flush=True)
+        gc.collect()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    torch.distributed.destroy_process_group()
+
+
+def measure(task: dict, world) -> dict:
+    """Trains `steps` steps of one setting, of which the first `warmup` are not timed."""
     from deltanet import DeltaNetConfig, DeltaNetForCausalLM
     from distill.batch import make_batch
     from distill.engine import Engine, EngineSettings
@@ -77,9 +94,7 @@ def worker(task: dict) -> None:
     from distill.schedules import Schedule
     from distill.schema import Loss, Stage
     from distill.stages import Whole
-    from distill.world import start_world
 
-    world = start_world()
     cuda = world.device.type == "cuda"
     if task.get("kernels") == "fla":
         use_fla()
@@ -151,9 +166,7 @@ def worker(task: dict) -> None:
         "losses": losses,
     }
     engine.close()
-    if world.is_main:
-        print("RESULT " + json.dumps(result), flush=True)
-    torch.distributed.destroy_process_group()
+    return result
 
 
 class Parts:
@@ -219,14 +232,30 @@ def use_fla() -> None:
     deltanet.mixer.delta_rule = rule
 
 
-def launch(task: dict, gpus: int, log: Path) -> dict | None:
+def launch(tasks: list[dict], gpus: int, log: Path) -> list[dict]:
+    """The results of the tasks, in order, up to the first that failed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus), "--master-port"]
-    command += [str(29500 + os.getpid() % 400), "-m", "benchmarks.scaling", "--worker", json.dumps(task)]
+    command += [str(29500 + os.getpid() % 400), "-m", "benchmarks.scaling", "--worker", json.dumps(tasks)]
     done = subprocess.run(command, capture_output=True, text=True)
     with log.open("a") as file:
-        file.write(f"\n== {gpus} {task}\n{done.stdout}\n{done.stderr}\n")
-    lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return json.loads(lines[-1]) if lines else None
+        file.write(f"\n== {gpus} GPU, {tasks}\n{done.stdout}\n{done.stderr}\n")
+    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+
+
+def show(found: dict) -> None:
+    seconds = "  ".join(f"{name} {value:.3f}" for name, value in found["seconds"].items())
+    rate, peak = found["tokens_per_second_per_gpu"], found["peak_gib"]
+    print(f"{label(found)}: {rate:,.0f} tokens/s a GPU, {peak:.1f} GiB, {found['flop_use']:.1%} of peak")
+    print(f"   seconds a step: {seconds}", flush=True)
+
+
+def name(task: dict) -> str:
+    return f"{label(task)}, length {task['length']}"
+
+
+def label(task: dict) -> str:
+    extras = [key for key in ("checkpointing", "compile", "kernels") if task.get(key)]
+    return ", ".join([f"{task['gpus']} GPU", f"ZeRO {task['zero']}", task["dtype"], *extras])
 
 
 def main() -> None:
@@ -251,44 +280,42 @@ def main() -> None:
         "tiny": arguments.tiny, "length": arguments.seq_len, "steps": arguments.steps, "warmup": 4, "micro": 2,
         "dtype": "bfloat16", "checkpointing": False, "compile": arguments.compile,
     }  # fmt: skip
-    results: list[dict] = []
-
-    def measure(gpus: int, **changes) -> dict | None:
-        task = base | changes
-        found = launch(task | {"batch": task.get("batch", task["micro"] * gpus)}, gpus, arguments.out / "log")
-        label = ", ".join(f"{key} {value}" for key, value in changes.items())
-        if found is None:
-            print(f"{gpus} GPU, {label}: failed, see {arguments.out / 'log'}", flush=True)
-            return None
-        results.append(found)
-        (arguments.out / "scaling.json").write_text(json.dumps(results, indent=1))
-        seconds = "  ".join(f"{name} {value:.3f}" for name, value in found["seconds"].items())
-        rate, peak = found["tokens_per_second_per_gpu"], found["peak_gib"]
-        print(f"{gpus} GPU, {label}: {rate:,.0f} tokens/s a GPU, {peak:.1f} GiB, {found['flop_use']:.1%} of peak")
-        print(f"   seconds a step: {seconds}", flush=True)
-        return found
-
-    kinds = [{"checkpointing": False}] + ([{"checkpointing": True}] if arguments.checkpointing else [])
-    for zero in arguments.stages:
-        for kind in kinds:
-            rates = [measure(gpus, zero=zero, **kind) for gpus in sorted({1, arguments.gpus})]
-            if len(rates) == 2 and all(rates):
-                one, many = (found["tokens_per_second_per_gpu"] for found in rates)
-                print(f"   ZeRO {zero}: efficiency {many / one:.1%}", flush=True)
-    if arguments.peer:
-        measure(1, zero=0, kernels="fla")
-    if arguments.same_steps:
-        tiny = {"tiny": True, "length": 256, "steps": arguments.same_steps, "warmup": 1, "micro": 1, "compile": False}
-        for dtype in ("float32", "bfloat16"):
-            for zero in arguments.stages:
-                runs = [
-                    measure(gpus, zero=zero, dtype=dtype, batch=2 * arguments.gpus, **tiny)
-                    for gpus in sorted({1, arguments.gpus})
-                ]
-                if all(runs):
-                    first, *rest = (np.array(found["losses"]) for found in runs)
-                    apart = max([np.abs(other / first - 1).max() for other in rest], default=0.0)
-                    print(f"   ZeRO {zero}, {dtype}: losses differ by {apart:.1e} at most", flush=True)
+    tiny = {"tiny": True, "length": 256, "steps": arguments.same_steps, "warmup": 1, "micro": 1, "compile": False}
+    kinds = [False] + [True] * arguments.checkpointing
+    speed = [base | {"zero": zero, "checkpointing": kind} for zero in arguments.stages for kind in kinds]
+    same = [
+        base | tiny | {"zero": zero, "dtype": dtype, "batch": 2 * arguments.gpus}
+        for dtype in ("float32", "bfloat16")
+        for zero in arguments.stages
+        if arguments.same_steps
+    ]
+    results: dict[str, dict] = {}
+    counts = sorted({1, arguments.gpus})
+    for gpus in counts:
+        left = [task | {"gpus": gpus, "batch": task.get("batch", task["micro"] * gpus)} for task in speed + same]
+        if arguments.peer and gpus == 1:
+            left.append(left[0] | {"kernels": "fla"})  # last, since the kernels stay in the process
+        while left:
+            found = launch(left, gpus, arguments.out / "log")
+            for result in found:
+                results[name(result)] = result
+                if result["batch"] == result["micro"] * gpus:
+                    show(result)
+            (arguments.out / "scaling.json").write_text(json.dumps(list(results.values()), indent=1))
+            if len(found) < len(left):
+                print(f"{label(left[len(found)])}: failed, see {arguments.out / 'log'}", flush=True)
+            left = left[len(found) + 1 :]
+    for task in (speed + same) * (len(counts) > 1):
+        pair = [results.get(name(task | {"gpus": gpus})) for gpus in counts]
+        if not all(pair):
+            continue
+        if task in same:
+            first, other = (np.array(found["losses"]) for found in pair)
+            apart = np.abs(other / first - 1).max()
+            print(f"ZeRO {task['zero']}, {task['dtype']}: losses on 1 and {counts[-1]} differ by {apart:.1e} at most")
+        else:
+            one, many = (found["tokens_per_second_per_gpu"] for found in pair)
+            print(f"{label(task | {'gpus': counts[-1]})}: {many / one:.1%} of linear")
 
 
 if __name__ == "__main__":
