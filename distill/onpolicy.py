@@ -127,7 +127,8 @@ def write_after(
     """What the model writes after each prompt: up to T tokens, ending with the first of stop_ids.
 
     prompts: ids, each of one token or more. chances (rows, T) float64 in [0, 1): token t of a row is the first id
-    below vocab_size whose cumulated probability exceeds chances[row, t].
+    below vocab_size whose cumulated probability exceeds chances[row, t]. Rows that have ended are dropped from the
+    batch once they are half of it, where the cache can.
     """
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -137,19 +138,25 @@ def write_after(
         mask[row, longest - len(prompt) :] = 1
     ids, mask, chances = ids.to(model.device), mask.to(model.device), chances.to(model.device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
-    written, cache = [], None
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    for chance in chances.T:
+    written = torch.zeros(chances.shape, dtype=torch.int64, device=model.device)
+    going = torch.arange(len(prompts), device=model.device)  # the rows that are still run
+    ended, cache = torch.zeros_like(going, dtype=torch.bool), None
+    for place, chance in enumerate(chances.T):
         output = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         cache = output[CACHE]
         rising = output.logits[:, -1, :vocab_size].double().softmax(-1).cumsum(-1)
-        goal = chance[:, None] * rising[:, -1:]
+        goal = chance[going, None] * rising[:, -1:]
         ids = torch.searchsorted(rising, goal, right=True).clamp(max=vocab_size - 1)
-        written.append(ids)
+        written[going, place] = ids[:, 0]
         ended |= torch.isin(ids[:, 0], stops)
-        if ended.all():
+        num_ended = int(ended.sum())
+        if num_ended == len(going):
             break
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-    rows = torch.cat(written, 1).cpu().numpy()
+        mask = torch.cat([mask, mask.new_ones(len(going), 1)], 1)
+        if 2 * num_ended >= len(going) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+            left = (~ended).nonzero()[:, 0]
+            cache.batch_select_indices(left)
+            ids, mask, going, ended = ids[left], mask[left], going[left], ended[left]
+    rows = written[:, : place + 1].cpu().numpy()
     ends = np.isin(rows, sorted(stop_ids))
     return [row[: int(end.argmax()) + 1] if end.any() else row for row, end in zip(rows, ends)]

@@ -55,6 +55,22 @@ def test_a_completion_ends_with_its_first_stop_token_whatever_the_others_do():
     assert ended[0][-1] == stop
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["teacher", "student"])
+def test_rows_that_are_dropped_from_the_batch_leave_the_others_as_they_are(which):
+    model = pair()[which]
+    prompts = [np.array([3 + row, 1, 4][: 1 + row % 3]) for row in range(12)]
+    chances = torch.rand(12, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    free = write_after(model, prompts, chances, (), VOCABULARY)
+    stops = sorted({int(row[place]) for place, row in enumerate(free)})
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    ended = write_after(model, prompts, chances, stops, VOCABULARY)
+    for long, short in zip(free, ended):
+        first = next((place for place, token in enumerate(long) if token in stops), len(long))
+        assert short.tolist() == long[: first + 1].tolist()
+    assert which == 1 or sizes[-1] <= 6 < sizes[0] == 12
+
+
 def test_no_token_beyond_the_tokenizers_is_written():
     _, student = pair()
     highest = torch.full((3, 6), 1 - 1e-16, dtype=torch.float64)
