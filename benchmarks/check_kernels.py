@@ -83,6 +83,10 @@ def cases():
             yield dict(T=200, **base), fp32, None, True, None
             yield dict(T=1, **base), bf16, None, False, None
             yield dict(T=17, **base), bf16, None, False, None
+        for large in ({"values": 1e30}, {"loss": 1e30}, {"loss": 1e-30}, {"directions": 1e15}):
+            for dtype in (bf16, fp32):
+                made = dict(T=130, K=K, V=K, decay="mixed", state=True, **large)
+                yield made, dtype, None, "directions" in large, None
         for decay in ("near0", "near1"):
             yield dict(T=600, K=K, V=K, decay=decay, state=True), bf16, None, False, None
     yield dict(T=2048, K=64, V=64, decay="mixed", H=4, **hard), bf16, None, False, None

@@ -23,7 +23,13 @@ import kernels as rows
 import deltanet.ops.triton as kernels
 from deltanet.ops.triton import configs
 
-OF = {"forward": "forward_kernel", "write": "write_kernel", "key": "key_kernel", "query": "query_kernel"}
+OF = {
+    "forward": "forward_kernel",
+    "map": "map_kernel",
+    "write": "write_kernel",
+    "key": "key_kernel",
+    "query": "query_kernel",
+}
 
 
 def candidates(size: int, G: int, warps: list[int]):
@@ -49,7 +55,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="+")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--warps", default="1,2")
-    parser.add_argument("--kernels", default=",".join(OF))
+    parser.add_argument("--kernels", default=",".join(OF), help="empty: only the times as shipped")
     options = parser.parse_args()
     warps = [int(n) for n in options.warps.split(",")]
     for row in options.rows:
@@ -67,7 +73,7 @@ def main() -> None:
             times = kernel_times(step)
             text = ", ".join(f"{name[:40]} {time:.0f}" for name, time in sorted(times.items(), key=lambda x: -x[1])[:9])
             print(f"{row}: {text}", flush=True)
-        for kernel in options.kernels.split(","):
+        for kernel in filter(None, options.kernels.split(",")):
             table = configs.TABLES[kernel]
             shipped, results = table[D], []
             for config in candidates(D, HQ // H, warps):

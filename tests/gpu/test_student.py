@@ -60,6 +60,15 @@ def test_generation_equals_that_of_a_cpu():
     assert torch.equal(cpu.generate(ids, **options), gpu.generate(ids.cuda(), **options).cpu())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rejected_tokens_are_taken_back(layout):
+    cpu, gpu = both(layout, "expanded")
+    ids = tokens(1, 12).repeat(1, 3)
+    options = {"max_new_tokens": 30, "do_sample": False}
+    assisted = gpu.generate(ids.cuda(), prompt_lookup_num_tokens=4, **options)
+    assert torch.equal(cpu.generate(ids, **options), assisted.cpu())
+
+
 def test_compiles_without_a_graph_break():
     _, gpu = both("none", "expanded")
     ids = tokens(2, 64).cuda()

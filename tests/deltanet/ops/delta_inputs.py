@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 @dataclass
 class Inputs:
-    """Arguments of `delta_rule`; q (B, T, G*H, K), k (B, T, H, K), v (B, T, H, V), beta and g (B, T, H)."""
+    """Arguments of `delta_rule`; q (B, T, G*H, K), k (B, T, H, K), v (B, T, H, V), beta and g (B, T, H). `loss` is what
+    `gradients` multiplies its loss by."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -21,6 +22,7 @@ class Inputs:
     g: torch.Tensor | None = None
     initial_state: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
+    loss: float = 1.0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What has a gradient, by name."""
@@ -59,12 +61,16 @@ def inputs(
     decay: str | None = None,
     state: bool = False,
     lengths: tuple[int, ...] | None = None,
+    values: float = 1.0,
+    directions: float = 1.0,
+    loss: float = 1.0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
     """keys: iid, cosine (0.8 with each other), zero (every third key is 0); always of length at most one.
     beta: sigmoid (of a normal), one (near 1), high (1.5 to 2).  decay: None, near0 (forgets at once), near1, mixed.
-    lengths: packed documents that add up to T."""
+    lengths: packed documents that add up to T.  values, directions, loss: v and the state, q and k, and the loss of
+    `gradients` are multiplied by them."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -92,8 +98,9 @@ def inputs(
             raise ValueError(f"{lengths} does not add up to {T}")
         cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     documents = B if lengths is None else len(lengths)
-    made = Inputs(q, k, normal(B, T, H, V), strength, g, normal(documents, H, K, V) if state else None, cu_seqlens)
-    return made.to(dtype)
+    first = values * normal(documents, H, K, V) if state else None
+    v = values * normal(B, T, H, V)
+    return Inputs(directions * q, directions * k, v, strength, g, first, cu_seqlens, loss).to(dtype)
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -109,7 +116,7 @@ def gradients(made: Inputs, rule, **options) -> dict[str, torch.Tensor]:
     o, final = leaves.call(rule, output_final_state=True, **options)
     generator = torch.Generator().manual_seed(99)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (o, final)]
-    loss = sum((x * w).sum() for x, w in zip((o, final), weights))
+    loss = sum((x * (made.loss * w)).sum() for x, w in zip((o, final), weights))
     names = leaves.tensors()
     found = torch.autograd.grad(loss, list(names.values()), allow_unused=True, materialize_grads=True)
     return {"o": o.detach(), "final_state": final.detach()} | {f"d{n}": d for n, d in zip(names, found)}

@@ -146,6 +146,20 @@ def test_values_beyond_half_precision_stay_finite_and_exact(cut, segments):
             assert error(*pair) < 1.5e-3, (name, head)  # one scale for a head, whose values differ by 1e3
 
 
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("large", [{"values": 1e30}, {"loss": 1e30}, {"loss": 1e-30}, {"directions": 1e15}])
+def test_any_magnitude_that_float32_holds_is_computed_as_it_is(monkeypatch, large, half):
+    chosen = operator._case
+    only = lambda *a: dataclasses.replace(chosen(*a), half=half, tensor_maps=False)  # float32 inputs stand for bfloat16
+    monkeypatch.setattr(operator, "_case", only)
+    made = inputs(33, K=16, V=16, H=1, state=True, decay="mixed", dtype=torch.float64, **large).to(torch.float32)
+    truth = gradients(made.to(torch.float64), reference.delta_rule, scale=0.3, normalize_qk="directions" in large)
+    found = gradients(made.to(DEVICE), kernels.delta_rule, scale=0.3, normalize_qk="directions" in large)
+    for name, expected in truth.items():
+        assert found[name].isfinite().all(), name
+        assert error(found[name], expected) < (1.5e-3 if half else TOLERANCE[torch.float32]), name
+
+
 def test_gradient_of_the_final_state_alone():
     made = inputs(20, H=1, dtype=torch.float32).with_grad()
     _, final = made.to(DEVICE).call(kernels.delta_rule, output_final_state=True)
