@@ -15,9 +15,10 @@ from torch import nn
 
 from deltanet.errors import UserError
 
-from .world import World, quiet_deepspeed
+from .world import World, own_part, quiet_deepspeed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ALIGNED = 8  # numbers: 16 bytes in bfloat16, which compiled kernels and vector loads count on
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,21 @@ def _merged(base: dict, extra: dict) -> dict:
     return base | extra | both
 
 
+def _aligned(groups: list[dict], fillers: nn.ParameterList, device: torch.device) -> list[dict]:
+    """The groups with a filler, noted in `fillers`, after every parameter whose size is not a multiple of ALIGNED:
+    ZeRO 1 and 2 lay a group's parameters end to end in one buffer, where all shall start at 16 bytes."""
+    laid = []
+    for group in groups:
+        parameters = []
+        for parameter in group["params"]:
+            parameters.append(parameter)
+            if missing := -parameter.numel() % ALIGNED:
+                fillers.append(nn.Parameter(torch.zeros(missing, dtype=parameter.dtype, device=device)))
+                parameters.append(fillers[-1])
+        laid.append(group | {"params": parameters})
+    return laid
+
+
 class _GuardedAdamW(torch.optim.AdamW):
     """ZeRO 0's optimizer: clips, and leaves everything as it was where the gradient is not finite.
     (From ZeRO 1 on DeepSpeed does both.) Gradients are the same on every rank, so all decide alike."""
@@ -115,6 +131,10 @@ class Engine:
             for name, p in module.named_parameters()
             if not p.requires_grad and settings.casts_parameters and p.dtype != torch.bfloat16
         }
+        fillers = nn.ParameterList()
+        if settings.zero_stage in (1, 2):
+            groups = _aligned(groups, fillers, world.device)
+            module.register_module("fillers", fillers)  # DeepSpeed trains what the module has, and looks only now
         if settings.zero_stage:
             optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
         else:
@@ -125,6 +145,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings.deepspeed_config(), dist_init_required=False
             )
+        module._modules.pop("fillers", None)
         for name, value in buffers.items():  # DeepSpeed rounds RoPE's frequencies to bfloat16 too
             buffer = module.get_buffer(name)
             if buffer.dtype != value.dtype:
@@ -211,14 +232,11 @@ class Engine:
 
     def load_masters(self, get: Callable[[str], torch.Tensor]) -> None:
         """Sets every trained parameter, master and working copy, from whole tensors by name."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, parameter in self.names.items():
-            value = get(name)
             if self.settings.zero_stage == 0:
-                parameter.data.copy_(value)
+                parameter.data.copy_(get(name))
             else:
-                safe_set_full_fp32_param(parameter, value.to(self.world.device, torch.float32))
+                self._set(parameter, get(name))
         if self.settings.zero_stage == 3:
             self.optimizer._partition_all_parameters()
             for index in range(len(self.optimizer.fp16_groups)):
@@ -230,8 +248,6 @@ class Engine:
 
     def load_moments(self, get: Callable[[str, str], torch.Tensor], steps: int) -> None:
         """Sets the optimizer's state after `steps` applied updates from whole tensors, `get(name, moment)`."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         self.steps = steps
         inner = self.optimizer.optimizer if self.settings.zero_stage else self.optimizer
         held = self.optimizer.fp32_partitioned_groups_flat if self.settings.zero_stage == 3 else None
@@ -242,11 +258,23 @@ class Engine:
         self._link_moments()
         for name, parameter in self.names.items():
             for key in MOMENTS:
-                value = get(name, key)
                 if self.settings.zero_stage == 0:
-                    inner.state[parameter][key].copy_(value)
+                    inner.state[parameter][key].copy_(get(name, key))
                 else:
-                    safe_set_full_optimizer_state(parameter, value.to(self.world.device), key)
+                    self._set(parameter, get(name, key), key)
+
+    def _set(self, parameter: nn.Parameter, whole: torch.Tensor, key: str | None = None) -> None:
+        """Sets this rank's part of a master (key None) or of the moment `key`, at ZeRO 1 to 3."""
+        from deepspeed import utils
+
+        if self.settings.zero_stage == 3:
+            # DeepSpeed's own cut of a whole tensor (0.19) fails where it does not divide by the number of ranks.
+            value = own_part(whole, self.world).to(self.world.device, torch.float32)
+            put, put_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        else:
+            value = whole.to(self.world.device, torch.float32)
+            put, put_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+        put(parameter, value) if key is None else put_moment(parameter, value, key)
 
     def close(self) -> None:
         """Lets go of DeepSpeed's hooks and buffers; the module itself is not usable for training afterwards."""

@@ -117,6 +117,7 @@ class Completions:
         return sequence.input_ids[: sequence.num_tokens]
 
 
+@torch.compiler.set_stance("force_eager")  # a cache that grows would compile anew and anew
 def write_after(
     model: DeltaNetForCausalLM,
     prompts: Many[np.ndarray],

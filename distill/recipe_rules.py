@@ -88,6 +88,8 @@ def broken_rules(recipe: Recipe) -> Broken:
             yield ("deepspeed", "extra", "zero_optimization", key), f"decided by {owner}, not here"
     if recipe.deepspeed.offload_parameters != "none" and recipe.deepspeed.stage != 3:
         yield ("deepspeed", "offload_parameters"), "needs deepspeed.stage 3"
+    if recipe.training.compile and recipe.deepspeed.stage == 3:
+        yield ("training", "compile"), "needs deepspeed.stage 0, 1 or 2: ZeRO 3 gathers parameters inside of the layers"
     if recipe.deepspeed.offload_optimizer != "none" and recipe.deepspeed.stage == 0:
         yield ("deepspeed", "offload_optimizer"), "needs deepspeed.stage 1, 2 or 3"
 

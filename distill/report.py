@@ -53,6 +53,7 @@ def _plot(path: Path, metrics: list[dict]) -> None:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def sample(model, tokenizer, prompt: str, max_new_tokens: int = 60) -> str:
     """The prompt and how the model goes on from it, greedily."""
     ids = tokenizer(prompt, return_tensors="pt").to(model.device)

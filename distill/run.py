@@ -58,7 +58,7 @@ from .recipe_rules import uses_cache
 from .records import RECIPE, check_recipe_unchanged, checkpoint_digests, write_records
 from .report import sample, write_report
 from .schema import Recipe, Source
-from .stages import PREFIX, Align, Dpo, Whole, needs_teacher, share_frozen
+from .stages import PREFIX, Align, Dpo, Whole, compile_layers, needs_teacher, share_frozen
 from .state import STUDENT, Marks, load_adapters, load_moments, write_state
 from .task_sources import check_tasks, trained_tasks
 from .teacher_text import written_source
@@ -296,6 +296,8 @@ class _Run:
             if commit is not None:
                 load_adapters(commit.folder, student)
         module = self._module(plan, student, folder, commit is not None)
+        if training.compile:
+            compile_layers(module)
         trained = {n.removeprefix(PREFIX): p for n, p in module.named_parameters() if p.requires_grad}
         if missing := sorted(names - matrices - {lora.plain_name(name) for name in trained}):
             raise UserError(

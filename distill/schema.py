@@ -206,6 +206,7 @@ class Training(Section):
         "bfloat16", description="of forward and backward; masters are float32"
     )
     activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile of every layer; ZeRO 0 to 2")
     loss_chunk_tokens: int | None = Field(None, gt=0, description="tokens whose logits exist at once; None: by memory")
     seed: int = Field(0, ge=0)
     commit_every_steps: int | None = Field(None, gt=0)

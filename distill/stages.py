@@ -106,7 +106,8 @@ class Align(nn.Module):
             for index in self.linear
         ]
         try:
-            run_decoder(teacher, batch)
+            with torch.compiler.set_stance("force_eager"):  # compiled layers would pass the hooks by
+                run_decoder(teacher, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -213,6 +214,18 @@ class Dpo(Whole):
         """Per pair the log-probability of the chosen and of the rejected answer."""
         hidden, weight = run_decoder(model, batch).last_hidden_state, head(model)[: self.vocab_size]
         return pair_sums(token_logprobs(hidden, weight, batch.targets, chunk_tokens=self.chunk_tokens), batch)
+
+
+def compile_layers(module: Align | Whole, **options) -> None:
+    """Has torch compile, at the first step, what the stage computes layer by layer: mixers in `align`, else decoder
+    layers, of the teacher too. Names of parameters stay. The options are those of `torch.compile`."""
+    if isinstance(module, Align):
+        layers = [layer.self_attn for layer in module.student.model.layers.values()]
+    else:
+        models = [model for model in (module.student, module._teacher[0]) if model is not None]
+        layers = [layer for model in models for layer in model.model.layers]
+    for layer in layers:
+        layer.compile(**options)
 
 
 def head(model: DeltaNetForCausalLM) -> torch.Tensor:

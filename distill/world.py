@@ -65,6 +65,13 @@ class World:
         return box[0]
 
 
+def own_part(whole: torch.Tensor, world: World) -> torch.Tensor:
+    """This rank's part (ceil(n / size),) of the n numbers of `whole`; the last parts are filled up with zeros."""
+    length = -(-whole.numel() // world.size)
+    part = whole.flatten()[world.rank * length : (world.rank + 1) * length]
+    return torch.nn.functional.pad(part, (0, length - part.numel()))
+
+
 def once(world: World, call: Callable):
     """Rank 0's result of `call`, on every rank; its error is raised on every rank too, so that none waits."""
     result, error = None, None

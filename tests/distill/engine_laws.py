@@ -9,15 +9,15 @@ STEPS, MICRO = 4, 4
 
 
 class Tiny(nn.Module):
-    """Trained and frozen parameters, two groups, a loss summed over the valid tokens."""
+    """Trained and frozen parameters, some of 9 numbers, two groups, a loss summed over the valid tokens."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(11, 8)
-        self.up = nn.Linear(8, 16)
-        self.norm = nn.LayerNorm(16)
-        self.down = nn.Linear(16, 3, bias=False)
+        self.up = nn.Linear(8, 9)
+        self.norm = nn.LayerNorm(9)
+        self.down = nn.Linear(9, 3, bias=False)
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
         self.register_buffer("frequencies", torch.tensor([1.0 / 3]))
 
@@ -75,6 +75,7 @@ def snapshot(engine) -> dict:
 
 def trial(settings, world) -> dict:
     engine = make(settings, world)
+    starts = {name: p.data_ptr() % 16 for name, p in engine.module.named_parameters() if p.requires_grad}
     frequencies = engine.module.frequencies.clone()
     fresh = {name: tensor.clone() for name, tensor in engine.full_tensors()}
     losses = [take(engine, step) for step in range(STEPS)]
@@ -100,6 +101,7 @@ def trial(settings, world) -> dict:
     engine.close()
     return {
         "fresh": fresh,
+        "starts": starts,
         "frequencies": frequencies,
         "losses": losses,
         "middle": middle,

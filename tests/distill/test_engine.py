@@ -74,6 +74,13 @@ def test_buffers_keep_their_precision(two, trial):
     assert torch.equal(two[trial]["frequencies"], torch.tensor([1.0 / 3]))
 
 
+@pytest.mark.parametrize("trial", [trial for trial in TRIALS if trial[0] in (1, 2)])
+def test_parameters_start_at_16_bytes(two, trial):
+    """Some have 9 numbers, and DeepSpeed lays parameters end to end; compiled kernels load 16 bytes at once."""
+    assert set(two[trial]["starts"].values()) == {0}
+    assert {"up.weight", "up.bias", "norm.weight", "down.weight"} <= two[trial]["starts"].keys()
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_stages_agree_with_zero_0(two, stage):
     # float32 sums in another order: measured 2e-8 relative on the losses; 1e-6 leaves room.

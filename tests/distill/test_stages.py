@@ -5,7 +5,7 @@ import torch
 from small_pair import KINDS, pair, sequence, stage
 
 from distill.batch import make_batch, num_real, num_targets
-from distill.stages import Align, Whole, share_frozen
+from distill.stages import Align, Whole, compile_layers, share_frozen
 from distill.trainable import trained_names
 
 SEQUENCES = [sequence(position) for position in range(3)]
@@ -161,3 +161,21 @@ def test_a_bfloat16_teacher_lends_what_it_holds_exactly_and_only_to_a_student_th
     assert {name for name in alone if name in theirs} == {"model.layers.1.mlp.up_proj.weight"}
     lent = [parameter for name, parameter in student.named_parameters() if name not in alone]
     assert saved == sum(4 * parameter.numel() for parameter in lent)
+
+
+def test_compiled_layers_compute_the_same():
+    made = []
+    for compiled in (False, True):
+        teacher, student = pair()
+        found = []
+        for module in (Whole(student, teacher, stage("distil")), Align(student, teacher, stage("align"))):
+            names = [name for name, _ in module.named_parameters()]
+            if compiled:
+                compile_layers(module, backend="eager")  # traced by layers, but run by no compiler's code
+            module(BATCH, module.count(SEQUENCES))[0].backward()
+            assert [name for name, _ in module.named_parameters()] == names
+            found += [parameter.grad.clone() for parameter in module.parameters()]
+            student.zero_grad()
+        made.append(found)
+    for mine, its in zip(*made, strict=True):
+        torch.testing.assert_close(its, mine)
