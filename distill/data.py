@@ -137,7 +137,7 @@ class Corpus:
         source, inner = self.locate(index)
         part = self.parts[source]
         packing, order = self._epoch(source, inner // self.sizes[source])
-        pieces, marks = [], []
+        pieces, marks, said = [], [], []
         for document, start, stop in packing.pieces(int(order[inner % self.sizes[source]])):
             edges = [part.start[document] + start, part.start[document] + stop]
             if part.middle is not None:
@@ -145,9 +145,10 @@ class Corpus:
             for span in map(slice, edges, edges[1:]):
                 pieces.append(part.tokens.ids[span].astype(np.int64))
                 marks.append(None if part.tokens.marks is None else part.tokens.marks[span].astype(bool))
+                said.append(pieces[-1] if part.tokens.targets is None else part.tokens.targets[span].astype(np.int64))
         if self.repeats and part.tokens.marks is None:
-            pieces = with_repeats(pieces, self.repeats, *self.key, _REPEATS, index)
-        return assemble(pieces, self.seq_len, self.pad_id, marks)
+            pieces = said = with_repeats(pieces, self.repeats, *self.key, _REPEATS, index)
+        return assemble(pieces, self.seq_len, self.pad_id, marks, said)
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, how many sequences of that source come before)."""

@@ -99,7 +99,7 @@ def pack_single(lengths: np.ndarray, seq_len: int) -> Packing:
 class Sequence:
     """One packed sequence of L = seq_len tokens, numpy.
 
-    input_ids (L) int64; targets (L) int64: the next token of the same piece, or IGNORED; position_ids (L) int64, from 0
+    input_ids (L) int64; targets (L) int64: what comes next in the same piece, or IGNORED; position_ids (L) int64, from 0
     in every piece; cu_seqlens (pieces + 1) int32, ending with L. Padding is a piece of its own at the end, without
     targets; `num_tokens` says where it begins. top_k, with a cache of the teacher: ids (n, k), log_p (n, k) and
     log_rest (n) of the n targets (`losses.TopK`).
@@ -114,10 +114,15 @@ class Sequence:
 
 
 def assemble(
-    pieces: list[np.ndarray], seq_len: int, pad_id: int = 0, supervised: list[np.ndarray | None] | None = None
+    pieces: list[np.ndarray],
+    seq_len: int,
+    pad_id: int = 0,
+    supervised: list[np.ndarray | None] | None = None,
+    said: list[np.ndarray] | None = None,
 ) -> Sequence:
     """The sequence of these token pieces; `supervised` (per piece, bool per token, None for all) says which tokens
-    may be targets. Which tokens are padding is known by place, so `pad_id` may be a token of the text."""
+    may be targets, `said` what the targets are where they are not the tokens themselves. Which tokens are padding is
+    known by place, so `pad_id` may be a token of the text."""
     sizes = [len(piece) for piece in pieces]
     used = sum(sizes)
     assert used <= seq_len, "a packing never overfills a sequence"
@@ -130,7 +135,7 @@ def assemble(
         input_ids[at:end] = piece
         position_ids[at:end] = np.arange(len(piece))
         if end - at > 1:
-            following = np.asarray(piece[1:], np.int64)
+            following = np.asarray((piece if said is None else said[index])[1:], np.int64)
             marks = supervised[index] if supervised is not None else None
             targets[at : end - 1] = following if marks is None else np.where(marks[1:], following, IGNORED)
         bounds.append(end)

@@ -1,8 +1,8 @@
 """A source tokenised once: memory-mapped ids on disk, under a name that is the digest of everything that made them.
 
 The folder NAME holds ids.bin (uint16 or uint32), bounds.bin (int64: where documents begin, and the end), unless
-they are texts marks.bin (uint8: 1 where a token is supervised), and facts.json with the counts and the sizes of the
-files. It appears by one rename when complete; one process at a time makes it. Twin: tests/distill/test_data.py.
+they are texts marks.bin (uint8: 1 where a token is supervised), of tasks targets.bin (as ids: what is to be said in
+each place), and facts.json with the counts and the sizes of the files. It appears by one rename when complete; one process at a time makes it. Twin: tests/distill/test_data.py.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from .preferences import read_pair
 from .schema import Source
 
 FORMAT = 1
+TASK_FORMAT = 2  # to be raised when a task makes other examples than before
 BATCH = 256  # documents given to the tokenizer at once; it spreads them over the cores
 
 
@@ -40,7 +41,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The documents of a source: document i is ids[bounds[i] : bounds[i + 1]]; marks is None where all supervise.
+    """The documents of a source: document i is ids[bounds[i] : bounds[i + 1]]; marks is None where all supervise,
+    targets where what is to be said is what stands there.
     Of preferences documents 2 i and 2 i + 1 are the chosen and the rejected conversation."""
 
     name: str
@@ -50,6 +52,16 @@ class Tokens:
     bounds: np.ndarray
     marks: np.ndarray | None
     facts: Facts
+    targets: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as it is stored: ids int64, marks bool, targets int64; what None says is in `Tokens`."""
+
+    ids: np.ndarray
+    marks: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
 
 def tokenizer_digest(tokenizer) -> str:
@@ -98,9 +110,9 @@ def tokenise(
     stop_ids = {*stop_ids, *({tokenizer.eos_token_id} - {None})}
     files, source = find_files(source), pin_revision(source)
     made_by = source.model_dump(mode="json", exclude={"name", "weight", "path"})
-    contents = [file_digest(file) for file in files]
-    chat_rule = None if source.kind == "text" else [train_on, sorted(stop_ids)]
-    digest = _digest([FORMAT, made_by, contents, tokenizer_digest(tokenizer), chat_rule])
+    contents = [file_digest(file) for file in (*files, *_task_files(source))]
+    rule = {"text": None, "task": TASK_FORMAT}.get(source.kind, [train_on, sorted(stop_ids)])
+    digest = _digest([FORMAT, made_by, contents, tokenizer_digest(tokenizer), rule])
     folder = cache / digest[:32]
     if not folder.is_dir():
         documents = _encode(source, files, tokenizer, stop_ids, train_on)
@@ -121,26 +133,26 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _encode(source: Source, files, tokenizer, stop_ids, train_on) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+def _encode(source: Source, files, tokenizer, stop_ids, train_on) -> Iterator[Document]:
     if source.task is not None:
         yield from _examples(source, tokenizer)
         return
     if source.kind == "preference":
         for place, record in itertools.islice(read_records(source, files), source.max_documents):
             for messages in read_pair(record, source, place):
-                yield encode_chat(messages, tokenizer, stop_ids, "last", place)
+                yield Document(*encode_chat(messages, tokenizer, stop_ids, "last", place))
         return
     documents = read_source(source, files)
     if source.kind == "chat":
         for place, messages in documents:
-            yield encode_chat(messages, tokenizer, stop_ids, train_on, place)
+            yield Document(*encode_chat(messages, tokenizer, stop_ids, train_on, place))
         return
     end = tokenizer.eos_token_id
     batch: list[str] = []
 
     def flush():
         for ids in tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]:
-            yield np.array(ids if end is None or ids[-1:] == [end] else [*ids, end], np.int64), None
+            yield Document(np.array(ids if end is None or ids[-1:] == [end] else [*ids, end], np.int64))
         batch.clear()
 
     for _, text in documents:
@@ -151,17 +163,27 @@ def _encode(source: Source, files, tokenizer, stop_ids, train_on) -> Iterator[tu
         yield from flush()
 
 
-def _examples(source: Source, tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _task_files(source: Source) -> list[Path]:
+    if source.task is None:
+        return []
+    from .evaluation.tasks import TASKS
+
+    return TASKS[source.task].files(source.options)
+
+
+def _examples(source: Source, tokenizer) -> Iterator[Document]:
     """The examples of a generated task; only its answers are supervised."""
     from .evaluation.tasks import TASKS
 
     for example in TASKS[source.task].examples(source.seed, source.documents, source.options, tokenizer, split="train"):
-        marks = np.zeros(len(example.ids), bool)
+        ids, marks = np.array(example.ids, np.int64), np.zeros(len(example.ids), bool)
         marks[example.positions] = True
-        yield np.array(example.ids, np.int64), marks
+        targets = ids.copy()
+        targets[example.positions] = [example.target(at) for at in example.positions]
+        yield Document(ids, marks, targets)
 
 
-def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: set[int], advance) -> None:
+def _write(folder: Path, documents: Iterator[Document], vocab_size: int, source: Source, stop_ids: set[int], advance) -> None:
     staging = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
     staging.mkdir(parents=True)
@@ -171,7 +193,9 @@ def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: s
         with contextlib.ExitStack() as stack:
             ids_file = stack.enter_context(open(staging / "ids.bin", "wb"))
             marks_file = stack.enter_context(open(staging / "marks.bin", "wb")) if source.kind != "text" else None
-            for ids, marks in documents:
+            targets_file = stack.enter_context(open(staging / "targets.bin", "wb")) if source.kind == "task" else None
+            for document in documents:
+                ids, marks = document.ids, document.marks
                 if len(ids) and int(ids.max()) >= vocab_size:
                     raise UserError(
                         f"source {source.name}: the tokenizer makes the id {ids.max()}, but the model has {vocab_size} "
@@ -182,6 +206,8 @@ def _write(folder: Path, documents, vocab_size: int, source: Source, stop_ids: s
                 advance(bounds[-1])
                 if marks_file is not None:
                     marks_file.write(marks.astype(np.uint8).tobytes())
+                if targets_file is not None:
+                    targets_file.write(document.targets.astype(dtype).tobytes())
                 last = np.flatnonzero(marks)[-1:] if marks is not None else np.arange(len(ids))[-1:]
                 supervised += int(marks.sum()) if marks is not None else len(ids)
                 stopped += bool(len(last)) and int(ids[last[0]]) in stop_ids
@@ -217,4 +243,5 @@ def _open(folder: Path, source: Source, digest: str, vocab_size: int) -> Tokens:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: damaged tokens of source {source.name} ({error}); delete the folder") from None
     marks = np.memmap(folder / "marks.bin", np.uint8, "r") if source.kind != "text" else None
-    return Tokens(source.name or "", source.kind, digest, ids, bounds, marks, facts)
+    targets = np.memmap(folder / "targets.bin", ids.dtype, "r") if source.kind == "task" else None
+    return Tokens(source.name or "", source.kind, digest, ids, bounds, marks, facts, targets)

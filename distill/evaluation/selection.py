@@ -1,4 +1,4 @@
-"""Which tasks `--tasks` means: generated ones by name, `all` of them, `none`, and standard sets as files.
+"""Which tasks `--tasks` means: generated ones by name, `all` of them, `none`, NAME:FILE, and standard sets as files.
 
 Twin: tests/distill/evaluation/test_selection.py.
 """
@@ -13,6 +13,7 @@ from .result import TaskResult
 from .sets import StandardSet, read_set
 from .subject import Subject
 from .tasks import TASKS
+from .tasks.classification import FileTask
 
 ALL, NONE = "all", "none"
 GENERATED_EXAMPLES = {"cpu": 50, "cuda": 200}
@@ -56,8 +57,12 @@ def select(names: Sequence[str], option: str = "--tasks") -> list[Chosen]:
         return []
     chosen: dict[str, Chosen] = {}
     for name in names:
+        base, _, file = name.partition(":")
         if name == ALL:
-            found = [Chosen(task, TASKS[task], True, is_named=False) for task in TASKS if task not in chosen]
+            generated = [task for task in TASKS if TASKS[task].levels]
+            found = [Chosen(task, TASKS[task], True, is_named=False) for task in generated if task not in chosen]
+        elif isinstance(TASKS.get(base), FileTask):
+            found = [Chosen(name, TASKS[base].of(file), True)]
         elif name in TASKS:
             found = [Chosen(name, TASKS[name], True)]
         elif Path(name).is_file():

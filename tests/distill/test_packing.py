@@ -77,6 +77,13 @@ def test_only_supervised_tokens_are_targets():
     assert sequence.targets.tolist() == [IGNORED, 7, IGNORED, IGNORED, 10, IGNORED]
 
 
+def test_what_is_to_be_said_may_be_other_than_what_stands_there():
+    said = [np.array([1, 2, 3]), np.array([9, 4])]
+    sequence = assemble([np.array([5, 6, 7]), np.array([9, 10])], 5, said=said)
+    assert sequence.input_ids.tolist() == [5, 6, 7, 9, 10]
+    assert sequence.targets.tolist() == [2, 3, IGNORED, 4, IGNORED]
+
+
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4), index=st.integers(0, 10**6))
 def test_repeats_copy_an_earlier_span_of_the_same_document_only(lengths, index):

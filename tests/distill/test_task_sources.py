@@ -47,8 +47,7 @@ def tokens(tmp_path, source):
 def test_only_answers_are_targets_and_examples_are_not_cut(tmp_path):
     (source,) = parse().data.sources
     corpus = Corpus([whole(tokens(tmp_path, source))], seq_len=80)
-    made = {example.ids: example.positions for example in TASKS["mqar"].examples(0, 50, source.options, TOKENIZER,
-                                                                                split="train")}  # fmt: skip
+    made = {example.ids: example for example in TASKS["mqar"].examples(0, 50, source.options, TOKENIZER, split="train")}
     assert len(corpus) == 25  # two of 32 tokens in 80, the rest is padding
     seen = []
     for index in range(len(corpus)):
@@ -56,8 +55,9 @@ def test_only_answers_are_targets_and_examples_are_not_cut(tmp_path):
         for start in (0, 32):
             ids = tuple(sequence.input_ids[start : start + 32].tolist())
             expected = np.full(32, IGNORED)
-            for at in made[ids]:
-                expected[at - 1] = ids[at]
+            for at in made[ids].positions:
+                expected[at - 1] = made[ids].target(at)
+                assert ids[at] != expected[at - 1]  # what is asked for does not stand in the text
             assert (sequence.targets[start : start + 32] == expected).all()
             seen.append(ids)
         assert (sequence.targets[64:] == IGNORED).all()

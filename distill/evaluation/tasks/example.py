@@ -12,8 +12,9 @@ CONTEXT, COMMONEST = "a word of the text so far", "always the same word"
 
 @dataclass(frozen=True)
 class Example:
-    """ids: all tokens, answers included. answers: spans [start, stop) of ids, start at least 1; an answer is right
-    where each of its tokens is. legal: position -> the tokens that are right there; elsewhere ids[position] alone is.
+    """ids: the tokens that the model reads. answers: spans [start, stop) of positions, start at least 1; an answer is
+    right where each of its tokens is. legal: position -> the tokens that are right there, among which ids[position]
+    need not be, so that an answer may be asked for without standing in the text; elsewhere ids[position] alone is.
     choices: where given, the only tokens that an answer may be picked from.
     guesses: a strategy that needs no understanding -> the share of the answers it gets right, on average.
     partial: the same of strategies that understand a part: floors for whoever claims to understand more than that part,
@@ -30,6 +31,11 @@ class Example:
     def right(self, position: int) -> frozenset[int]:
         """The tokens that are right at a position."""
         return self.legal.get(position) or frozenset((self.ids[position],))
+
+    def target(self, position: int) -> int:
+        """The token to learn at a position: the one that stands there, if it is right."""
+        right = self.right(position)
+        return self.ids[position] if self.ids[position] in right else min(right)
 
     def share_right(self, said: Mapping[int, int]) -> float:
         """The share of the answers that are right, where `said` holds a token for each of their positions."""

@@ -16,7 +16,6 @@ SPAN, CUE = 32, 8  # of repeat: tokens of the passage, and those of its copy tha
 PASSWORD = 5
 SENTENCE = 12  # words of the sentence that surrounds a passkey again and again
 A_VALUE = "a value, whatever its key"
-A_NEW_VALUE = "a value not given yet, whatever its key"
 
 
 def repeat(rng: random.Random, vocabulary: Vocabulary, *, distance: int = 64) -> Example:
@@ -110,11 +109,11 @@ def mqar(
     rng: random.Random, vocabulary: Vocabulary, *, length: int = 64, pairs: int = 4, power: float = 0.01
 ) -> Example:
     """Multi-query associative recall (arXiv 2312.04927): `key value` so many times, then every key once more, each
-    asking for its value, in slots of two tokens that are drawn with a probability proportional to slot^(power - 1); the
-    other slots hold a blank word. Keys and values are different halves of the words, without repetition.
+    asking for its value, in slots of two tokens that are drawn with a probability proportional to slot^(power - 1); all
+    else holds a blank word. Keys and values are different halves of the words, without repetition.
 
-    In the original the token after a key that asks is random; here it is the value, as text has it. So who strikes out
-    the values given so far needs no keys to be right in 1/pairs of the first answers, and in all of the last ones.
+    As in the original the value does not follow the key that asks, so that no question is easier for the earlier ones:
+    without the keys, no guess is right more often than once in `pairs`.
     """
     slots = (length - len(vocabulary.opening) - 2 * pairs) // 2
     if pairs < 1 or slots < pairs:
@@ -130,12 +129,12 @@ def mqar(
     order = rng.sample(range(pairs), pairs)
     tail = [blank] * (2 * slots)
     for slot, index in zip(drawn, order):
-        tail[2 * slot : 2 * slot + 2] = keys[index], values[index]
+        tail[2 * slot] = keys[index]
     known = [word for pair in zip(keys, values) for word in pair]
     start = len(vocabulary.opening) + 2 * pairs + 1
     answers = tuple((start + 2 * slot, start + 2 * slot + 1) for slot in sorted(drawn))
-    guesses = {A_VALUE: 1 / pairs, A_NEW_VALUE: sum(1 / left for left in range(1, pairs + 1)) / pairs}
-    return Example((*vocabulary.opening, *known, *tail), answers, guesses=guesses)
+    legal = {start + 2 * slot: frozenset((values[index],)) for slot, index in zip(drawn, order)}
+    return Example((*vocabulary.opening, *known, *tail), answers, legal, guesses={A_VALUE: 1 / pairs})
 
 
 RECALL = (

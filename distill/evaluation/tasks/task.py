@@ -7,6 +7,7 @@ more, and training and test never share a stream. Twin: tests/distill/evaluation
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -70,6 +71,10 @@ class Task:
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise UserError(f"task {self.name}: {name} is {value!r}; such as {allowed[name]!r} is allowed")
         return allowed | {name: type(allowed[name])(value) for name, value in level.items()}
+
+    def files(self, options: Options) -> list[Path]:
+        """The files that its examples come from, if any."""
+        return []
 
     def fitting(self, tokenizer, vocab_size: int, *, seed: int, max_context: int) -> list[str]:
         """The labels of the levels whose first example can be made and has at most `max_context` tokens.
@@ -154,6 +159,6 @@ def _sample(tokenizer, example: Example, said: dict[int, int]) -> dict[str, str]
     start, stop = example.answers[-1]
     return {
         "prompt": tokenizer.decode(example.ids[max(start - TAIL, 0) : start]),
-        "answer": tokenizer.decode(example.ids[start:stop]),
+        "answer": tokenizer.decode([example.target(at) for at in range(start, stop)]),
         "said": tokenizer.decode([said[at] for at in range(start, stop)]),
     }

@@ -13,6 +13,8 @@ from distill.evaluation.selection import select
 
 
 class Task:
+    levels = {"easy": {}}
+
     def run(self, subject, *, seed, n, max_context):
         self.asked = (subject, seed, n, max_context)
         return TaskResult("recall", **share(1, n))
@@ -69,6 +71,19 @@ def test_two_files_of_one_name_are_refused(tasks, file, tmp_path):
     twin.write_text(file.read_text())
     with pytest.raises(UserError, match="two files called piqa"):
         select([str(file), str(twin)])
+
+
+def test_a_task_of_rows_takes_its_file_behind_a_colon(tmp_path):
+    path = tmp_path / "reviews.jsonl"
+    path.write_text("".join(json.dumps({"text": "abc", "label": i % 2}) + "\n" for i in range(20)))
+    (chosen,) = select([f"lra_text:{path}"])
+    assert chosen.name == chosen.task.name == f"lra_text:{path}"
+    assert chosen.is_generated
+    assert "lra_text" not in {task.name for task in select(["all"])}
+    with pytest.raises(UserError, match="task lra_text: say its `file`, a jsonl file of"):
+        select(["lra_text"])
+    with pytest.raises(UserError, match="task lra_text: /lost.jsonl: no such file; it takes a jsonl file of"):
+        select(["lra_text:/lost.jsonl"])
 
 
 def test_none_stands_alone(tasks):
