@@ -183,7 +183,9 @@ def _examples(source: Source, tokenizer) -> Iterator[Document]:
         yield Document(ids, marks, targets)
 
 
-def _write(folder: Path, documents: Iterator[Document], vocab_size: int, source: Source, stop_ids: set[int], advance) -> None:
+def _write(
+    folder: Path, documents: Iterator[Document], vocab_size: int, source: Source, stop_ids: set[int], advance
+) -> None:
     staging = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
     staging.mkdir(parents=True)

@@ -9,7 +9,7 @@ from small_run import write_teacher
 
 from deltanet import load_student
 from deltanet.errors import UserError
-from distill.new_student import plan_new, write_new
+from distill.new_student import new_model, plan_new, write_new
 from distill.run import distil
 from distill.schema import New
 
@@ -60,6 +60,19 @@ def test_weights_follow_from_the_seed_alone(tmp_path):
     assert not torch.equal(a["model.embed_tokens.weight"], c["model.embed_tokens.weight"])
     # 1,024 draws of standard deviation 16^-0.5: the estimate's own deviation is 0.25 / sqrt(2048) = 0.0055; six of them
     assert a["model.embed_tokens.weight"].std().item() == pytest.approx(0.25, abs=0.033)
+
+
+@pytest.mark.parametrize("hybrid", ["none", "all", "global2"])
+def test_every_block_adds_nothing_at_the_start_and_learns_from_the_first_gradient(hybrid):
+    config, _ = plan_new(new(hybrid=hybrid))
+    model = new_model(config, 0)
+    ids = torch.arange(24).view(2, 12)
+    hidden = model.model(input_ids=ids).last_hidden_state
+    assert torch.equal(hidden, model.model.norm(model.model.embed_tokens(ids)))
+    model(input_ids=ids, labels=ids).loss.backward()
+    for block in model.model.layers:
+        assert block.self_attn.o_proj.weight.grad.norm() > 0
+        assert block.mlp.down_proj.weight.grad.norm() > 0
 
 
 def test_a_tokenizer_is_taken_from_a_checkpoint(tmp_path):

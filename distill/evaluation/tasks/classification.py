@@ -87,7 +87,9 @@ class FileTask(Task):
         border = len(first) if len(tables) > 1 else len(first) - max(len(first) // HELD_OUT, 1)
         chosen = first[:border] if split == "train" else tables[1] if len(tables) > 1 else first[border:]
         if classes < 2 or not chosen:
-            raise UserError(f"task {self.name}: {files[0]}: {len(first)} rows of {classes} classes; allowed is 2 or more")
+            raise UserError(
+                f"task {self.name}: {files[0]}: {len(first)} rows of {classes} classes; allowed is 2 or more"
+            )
         shape = {name: value for name, value in options.items() if name not in ("file", "test")}
         order = random.Random(f"{self.make.__name__} {split} {seed}").sample(range(len(chosen)), len(chosen))
         for index in order[:n]:

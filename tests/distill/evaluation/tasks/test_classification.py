@@ -111,7 +111,11 @@ def test_an_oracle_and_a_constant_score_what_they_should(tmp_path):
     [
         ("lra_text", "", "a.file: no rows in it; it takes a jsonl file of"),
         ("lra_text", "{", "a.file:1: not JSON"),
-        ("lra_text", '{"text": 3, "label": 1}', "a.file:1: expected are `text` (string) and `label` (whole number from 0)"),
+        (
+            "lra_text",
+            '{"text": 3, "label": 1}',
+            "a.file:1: expected are `text` (string) and `label` (whole number from 0)",
+        ),
         ("lra_text", '\n{"text": "a", "label": -1}', "a.file:2: expected are `text` (string) and `label`"),
         ("lra_text", '{"text": "a", "label": true}', "a.file:1: expected are `text` (string) and `label`"),
         ("lra_text", "[1]", "a.file:1: expected are `text`"),
