@@ -1,4 +1,4 @@
-"""Small models trained from nothing on a generated task, one for each mixer and seed, of one shape, on the same examples.
+"""Small models trained from nothing on a generated task, one a mixer and seed, of one shape, on the same examples.
 
     python -m benchmarks.tasks --task mqar --options length=64 pairs=8 --mixers delta plain --seeds 0 1 --steps 600
 

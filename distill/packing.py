@@ -99,8 +99,8 @@ def pack_single(lengths: np.ndarray, seq_len: int) -> Packing:
 class Sequence:
     """One packed sequence of L = seq_len tokens, numpy.
 
-    input_ids (L) int64; targets (L) int64: what comes next in the same piece, or IGNORED; position_ids (L) int64, from 0
-    in every piece; cu_seqlens (pieces + 1) int32, ending with L. Padding is a piece of its own at the end, without
+    input_ids (L) int64; targets (L) int64: what comes next in the same piece, or IGNORED; position_ids (L) int64, from
+    0 in every piece; cu_seqlens (pieces + 1) int32, ending with L. Padding is a piece of its own at the end, without
     targets; `num_tokens` says where it begins. top_k, with a cache of the teacher: ids (n, k), log_p (n, k) and
     log_rest (n) of the n targets (`losses.TopK`).
     """

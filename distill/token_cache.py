@@ -2,7 +2,8 @@
 
 The folder NAME holds ids.bin (uint16 or uint32), bounds.bin (int64: where documents begin, and the end), unless
 they are texts marks.bin (uint8: 1 where a token is supervised), of tasks targets.bin (as ids: what is to be said in
-each place), and facts.json with the counts and the sizes of the files. It appears by one rename when complete; one process at a time makes it. Twin: tests/distill/test_data.py.
+each place), and facts.json with the counts and the sizes of the files. It appears by one rename when complete; one
+process at a time makes it. Twin: tests/distill/test_data.py.
 """
 
 import contextlib

@@ -18,5 +18,4 @@ def test_it_learns_to_recall(tmp_path, capsys):
     assert max(result["floors"].values()) == 0.25  # one value of the row's four
     assert result["accuracy"] > 0.95
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| trained on mqar "))
-    assert f"{100 * result['accuracy']:.1f}% ±" in row
-    assert "25.0% a value, whatever its key" in row
+    assert f" {100 * result['accuracy']:.1f}% " in row

@@ -1,8 +1,9 @@
 """Pathfinder after the Long Range Arena (arXiv 2011.04006, 1805.08315): do two ends lie on one dashed path?
 
-A picture of `size` x `size` pixels holds two dashed paths that never touch, and distractors a third as long. Two ends are
-marked: both of one path, or one of each, as far apart as can be chosen, since ends of one path are far. Pixels are tokens, line by line: blank, line or marked end; then a marker and
-one of two words. Drawn in whole pixels without smoothing, so it is like the original, and not it.
+A picture of `size` x `size` pixels holds two dashed paths that never touch, and distractors a third as long. Two ends
+are marked: both of one path, or one of each, and then those whose distance is most like that of the ends of one. Pixels
+are tokens, line by line: blank, line or marked end; then a marker and one of two words. Drawn in whole pixels without
+smoothing, so it is like the original, and not it.
 Twin: tests/distill/evaluation/tasks/test_pathfinder.py.
 """
 
@@ -30,8 +31,8 @@ def pathfinder(
     """One picture with two paths of `dashes` dashes."""
     if size < 8 or dashes < 3 or distractors < 0 or dashes * (DASH + GAP) > 2 * size:
         raise UserError(
-            f"task pathfinder: paths of {dashes} dashes and {distractors} distractors in {size} x {size} pixels; allowed "
-            f"are 8 pixels or more and 3 dashes to {2 * size // (DASH + GAP)}"
+            f"task pathfinder: paths of {dashes} dashes and {distractors} distractors in {size} x {size} pixels; "
+            f"allowed are 8 pixels or more and 3 dashes to {2 * size // (DASH + GAP)}"
         )
     for _ in range(TRIES):
         paths = draw_paths(rng, size, [dashes, dashes, *[max(dashes // 3, 1)] * distractors])
@@ -41,8 +42,8 @@ def pathfinder(
 
 
 def draw_paths(rng: random.Random, size: int, lengths: list[int]) -> list[list[Pixel]] | None:
-    """Paths of so many dashes, each as its pixels in order, none next to a pixel of another; None where there is no room
-    for all."""
+    """Paths of so many dashes, each as its pixels in order, none next to a pixel of another; None where there is no
+    room for all."""
     taken: set[Pixel] = set()
     paths = []
     for length in lengths:
@@ -56,8 +57,8 @@ def draw_paths(rng: random.Random, size: int, lengths: list[int]) -> list[list[P
 
 
 def _walk(rng: random.Random, size: int, dashes: int, taken: set[Pixel]) -> tuple[list[Pixel], list[Pixel]] | None:
-    """(pixels of the dashes, those and the gaps between them) of a path that turns a little after every dash; None where
-    it meets the border, a pixel taken, or itself."""
+    """(pixels of the dashes, those and the gaps between them) of a path that turns a little after every dash; None
+    where it meets the border, a pixel taken, or itself."""
     x, y, heading = rng.uniform(0, size), rng.uniform(0, size), rng.uniform(0, 2 * math.pi)
     drawn: list[Pixel] = []
     walked: list[Pixel] = []

@@ -82,7 +82,7 @@ def test_a_task_of_rows_takes_its_file_behind_a_colon(tmp_path):
     assert "lra_text" not in {task.name for task in select(["all"])}
     with pytest.raises(UserError, match="task lra_text: say its `file`, a jsonl file of"):
         select(["lra_text"])
-    with pytest.raises(UserError, match="task lra_text: /lost.jsonl: no such file; it takes a jsonl file of"):
+    with pytest.raises(UserError, match=r"task lra_text: /lost\.jsonl: no such file; it takes a jsonl file of"):
         select(["lra_text:/lost.jsonl"])
 
 

@@ -90,7 +90,7 @@ def test_the_last_tenth_is_for_testing_or_a_second_file_is(tmp_path):
 def test_seeds_order_the_rows_and_more_of_them_begin_alike(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", [{"text": f"{i:03}", "label": i % 2} for i in range(300)])
     task = TASKS["lra_text"]
-    draw = lambda seed, n: [e.ids for e in task.examples(seed, n, {"file": file}, TOKENIZER, split="train")]  # noqa: E731
+    draw = lambda seed, n: [e.ids for e in task.examples(seed, n, {"file": file}, TOKENIZER, split="train")]
     assert draw(0, 20) == draw(0, 50)[:20] != draw(1, 20)
     assert len(set(draw(0, 1000))) == 270
 
