@@ -3,6 +3,7 @@
 Twin: tests/distill/test_new_student.py.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -15,6 +16,10 @@ from deltanet.errors import UserError
 
 from .evaluation.tasks.words import word_tokenizer
 from .schema import Mixer, New
+
+
+HALF_LIFE = 1024
+"""Tokens after which a fresh gated layer has forgotten half; it learns to forget sooner where that helps."""
 
 
 def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
@@ -83,6 +88,8 @@ def new_model(config: DeltaNetConfig, seed: int) -> DeltaNetForCausalLM:
     for block in model.model.layers:
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)
         torch.nn.init.zeros_(block.mlp.down_proj.weight)
+        if hasattr(block.self_attn, "a_proj"):
+            torch.nn.init.constant_(block.self_attn.a_proj.bias, math.log(math.expm1(math.log(2) / HALF_LIFE)))
     return model
 
 
