@@ -9,7 +9,7 @@ from small_run import write_teacher
 
 from deltanet import load_student
 from deltanet.errors import UserError
-from distill.new_student import new_model, plan_new, write_new
+from distill.new_student import HALF_LIFE, new_model, plan_new, write_new
 from distill.run import distil
 from distill.schema import New
 
@@ -73,6 +73,13 @@ def test_every_block_adds_nothing_at_the_start_and_learns_from_the_first_gradien
     for block in model.model.layers:
         assert block.self_attn.o_proj.weight.grad.norm() > 0
         assert block.mlp.down_proj.weight.grad.norm() > 0
+
+
+def test_a_fresh_gated_layer_forgets_half_in_its_half_life():
+    config, _ = plan_new(new(mixer="gated_delta"))
+    for block in new_model(config, 0).model.layers:
+        _, g = block.self_attn.strengths(torch.randn(1, 3, 16))
+        assert (HALF_LIFE * g).exp().flatten().tolist() == pytest.approx([0.5] * g.numel(), rel=1e-3)  # float32 bias
 
 
 def test_a_tokenizer_is_taken_from_a_checkpoint(tmp_path):
