@@ -17,7 +17,6 @@ from deltanet.errors import UserError
 from .evaluation.tasks.words import word_tokenizer
 from .schema import Mixer, New
 
-
 HALF_LIFE = 1024
 """Tokens after which a fresh gated layer has forgotten half; it learns to forget sooner where that helps."""
 
