@@ -1,5 +1,6 @@
 """Generated tasks as sources: what is a target, what is measured at the end, and what cannot be trained on."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,6 +144,25 @@ def test_long_examples_are_dropped_where_the_recipe_says_so(tmp_path):
     assert 0 < short < 60
     corpus = Corpus([part], seq_len=16, too_long="drop")
     assert corpus.reports[0].dropped_documents == 60 - short
+
+
+def test_a_task_of_rows_is_tokenised_anew_when_its_file_changes(tmp_path):
+    rows = [{"text": f"{i:02}", "label": i % 2} for i in range(20)]
+    file, words = tmp_path / "rows.jsonl", word_tokenizer(300)
+    source = Source(task="lra_text", name="rows", kind="task", documents=100, options={"file": str(file)})
+    made = []
+    for label in (0, 1):
+        rows[0]["label"] = label
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made.append(tokenise(source, words, tmp_path / "tokens", vocab_size=300))
+    first, second = made
+    assert first.digest != second.digest
+    assert first.facts.documents == second.facts.documents == 18  # the last tenth is for testing
+    # a row is two bytes, a marker and its class, which alone is a target; one class has changed
+    assert first.marks.reshape(18, 4).tolist() == [[0, 0, 0, 1]] * 18
+    assert (first.ids != second.ids).sum() == (first.targets != second.targets).sum() == 1
+    with pytest.raises(UserError, match="task lra_text: say its `file`, a jsonl file of"):
+        tokenise(source.model_copy(update={"options": {}}), words, tmp_path / "tokens", vocab_size=300)
 
 
 def test_only_generated_tasks_that_were_named_are_checked():
