@@ -144,9 +144,11 @@ def read_images(path: Path) -> list[Row]:
     return [Row((image.tobytes(),), int(label)) for image, label in zip(images, labels)]
 
 
-def classified(parts: Sequence[Sequence[int]], label: int, classes: int, symbols: int, words: Vocabulary) -> Example:
+def classified(
+    task: str, parts: Sequence[Sequence[int]], label: int, classes: int, symbols: int, words: Vocabulary
+) -> Example:
     """The parts (numbers below `symbols`), a separator between two, a marker, and the class, to be picked among all."""
-    words.need(2 + classes + symbols, "of classes")
+    words.need(2 + classes + symbols, task)
     marker, separator = words.words[:2]
     names, known = words.words[2 : 2 + classes], words.words[2 + classes :]
     ids = list(words.opening)
@@ -159,10 +161,10 @@ def classified(parts: Sequence[Sequence[int]], label: int, classes: int, symbols
 
 def texts(row: Row, classes: int, words: Vocabulary, *, file: str = "", test: str = "", length: int = 1024) -> Example:
     """A row's texts by bytes, which share `length`."""
-    share = length // len(row.parts)
+    share, task = length // len(row.parts), "lra_text" if len(row.parts) == 1 else "lra_retrieval"
     if share < 1:
-        raise UserError(f"task lra: length {length}; allowed is {len(row.parts)} or more")
-    return classified([part[:share] for part in row.parts], row.label, classes, BYTES, words)
+        raise UserError(f"task {task}: length {length}; allowed is {len(row.parts)} or more")
+    return classified(task, [part[:share] for part in row.parts], row.label, classes, BYTES, words)
 
 
 def image(row: Row, classes: int, words: Vocabulary, *, file: str = "", test: str = "", greys: int = 256) -> Example:
@@ -170,7 +172,7 @@ def image(row: Row, classes: int, words: Vocabulary, *, file: str = "", test: st
     if not 2 <= greys <= BYTES:
         raise UserError(f"task lra_image: greys {greys}; allowed is 2 to {BYTES}")
     pixels = [value * greys // BYTES for value in row.parts[0]]
-    return classified([pixels], row.label, classes, greys, words)
+    return classified("lra_image", [pixels], row.label, classes, greys, words)
 
 
 CLASSIFICATION = (

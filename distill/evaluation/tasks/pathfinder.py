@@ -89,7 +89,7 @@ def as_example(rng: random.Random, vocabulary: Vocabulary, size: int, paths: lis
         picture[y * size + x] = LINE
     for x, y in ends:
         picture[y * size + x] = MARK
-    example = classified([picture], int(is_one), 2, 3, vocabulary)
+    example = classified("pathfinder", [picture], int(is_one), 2, 3, vocabulary)
     is_far = math.dist(*ends) >= len(paths[0]) * (DASH + GAP) / DASH / 2
     return Example(
         example.ids,

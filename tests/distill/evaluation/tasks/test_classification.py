@@ -120,7 +120,11 @@ def test_an_oracle_and_a_constant_score_what_they_should(tmp_path):
         ("lra_text", '{"text": "a", "label": true}', "a.file:1: expected are `text` (string) and `label`"),
         ("lra_text", "[1]", "a.file:1: expected are `text`"),
         ("lra_text", '{"text": "a", "label": 0}', "a.file: 1 rows of 1 classes; allowed is 2 or more"),
-        ("lra_text", '{"text": "a", "label": 9999}\n' * 2, "needs 10258 words of one token, the tokenizer has 495"),
+        (
+            "lra_text",
+            '{"text": "a", "label": 9999}\n' * 2,
+            "task lra_text: needs 10258 words of one token",
+        ),
         ("lra_retrieval", '{"text": "a", "label": 0}', "a.file:1: expected are `text1` (string), `text2` (string)"),
         ("lra_image", "no archive", "a.file: no npz file of `images` and `labels`"),
     ],
@@ -152,10 +156,12 @@ def test_images_of_another_kind_are_refused(tmp_path, arrays, message):
 
 def test_missing_files_and_wrong_options_are_refused(tmp_path):
     file, _ = images(tmp_path / "i.npz")
+    texts = jsonl(tmp_path / "a.jsonl", [{"text": "abc", "label": i % 2} for i in range(4)])
     for name, options, message in (
         ("lra_image", {}, "task lra_image: say its `file`, an npz file of images"),
         ("lra_image", {"file": "/lost"}, "task lra_image: /lost: no such file"),
         ("lra_image", {"file": file, "test": "/lost"}, "task lra_image: /lost: no such file"),
+        ("lra_text", {"file": texts, "length": 0}, "task lra_text: length 0; allowed is 1 or more"),
         ("lra_image", {"file": file, "greys": 300}, "greys 300; allowed is 2 to 256"),
         ("lra_image", {"file": file, "length": 3}, "no option 'length'; options: file, test, greys"),
     ):
