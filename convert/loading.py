@@ -4,6 +4,7 @@
 `student_from_teacher` makes the neutral student of the same weights. Both carry out a plan (`plan.py`) in memory.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from .families import teacher_config
 from .layouts import LINEAR
 from .plan import make_plan, new_tensors, teacher_tensors
 
+Get = Callable[[str], torch.Tensor]
+"""A whole tensor by the model's own name for it."""
+
 
 def load_teacher(
     folder: str | Path, dtype: torch.dtype | None = None, *, allow_pickle: bool = False
@@ -25,12 +29,38 @@ def load_teacher(
     dtype None keeps the checkpoint's main dtype. Strict: raises UserError for a missing, extra or wrongly shaped
     tensor, an index that does not fit its shards, or a family that is not supported.
     """
+    config, get, names = open_teacher(folder, allow_pickle=allow_pickle)
+    dtype = dtype or config.dtype
+    return _build(config, {name: get(name).to(dtype) for name in names}, dtype)
+
+
+def open_teacher(folder: str | Path, *, allow_pickle: bool = False) -> tuple[DeltaNetConfig, Get, list[str]]:
+    """The teacher in `folder` before it is read: its configuration, its tensors by our names, one at a time, and these
+    names. As strict as `load_teacher`."""
     folder = Path(folder)
     checkpoint = open_checkpoint(folder, allow_pickle)
     plan = make_plan(checkpoint, teacher_config(folder))
-    dtype = dtype or plan.config.dtype
-    weights = {move.target: checkpoint.load(move.source).to(dtype) for move in plan.moves}
-    return _build(plan.config, weights, dtype)
+    sources = {move.target: move.source for move in plan.moves}
+    return plan.config, lambda name: checkpoint.load(sources[name]), list(sources)
+
+
+def open_student(folder: str | Path) -> tuple[DeltaNetConfig, Get]:
+    """The student in `folder` before it is read: its configuration, and its tensors by name, one at a time. Raises
+    UserError where the folder's tensors are not those of its configuration."""
+    config, checkpoint = DeltaNetConfig.from_pretrained(folder), open_checkpoint(Path(folder))
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton(config).named_parameters()}
+    found = {name: checkpoint.entries[name].shape for name in checkpoint.entries}
+    if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+        raise UserError(f"{folder}: the weights do not fit the configuration: {', '.join(wrong[:5])}")
+    return config, checkpoint.load
+
+
+def skeleton(config: DeltaNetConfig) -> DeltaNetForCausalLM:
+    """The model with its parameters on `meta`, which take no memory, and its buffers (RoPE's) on the CPU."""
+    with torch.device("meta"):
+        model = DeltaNetForCausalLM(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
 
 
 def student_from_teacher(
@@ -62,12 +92,10 @@ def student_from_teacher(
 def _build(config: DeltaNetConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> DeltaNetForCausalLM:
     """A model around these very tensors: nothing is initialised and then thrown away."""
     config.dtype = dtype
-    with torch.device("meta"):
-        model = DeltaNetForCausalLM(config)
+    model = skeleton(config)
     if config.tie_word_embeddings:
         weights = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
-    rotary = type(model.model.rotary_emb)(config)
-    model.model.rotary_emb = rotary.to(weights["model.embed_tokens.weight"].device)
+    model.model.rotary_emb.to(weights["model.embed_tokens.weight"].device)
     return model.eval()

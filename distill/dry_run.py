@@ -1,8 +1,8 @@
 """What a run would do, without doing it: sources and tokens, stages in numbers, memory by ZeRO stage.
 
 Memory is counted, not measured: parameters, gradients, float32 masters and two moments of what is trained, the frozen
-rest and the teacher, unless a cache on disk stands for it; activations, buffers and the chunk of logits come on top.
-Twin: tests/distill/test_dry_run.py.
+rest and the teacher (its part, where it is sharded), unless a cache on disk stands for it; activations, buffers and the
+chunk of logits come on top. Twin: tests/distill/test_dry_run.py.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from .convert_step import config_after
 from .logit_cache import bytes_a_target, check_top_k
 from .new_student import mixer_fields, plan_new
 from .prepare import StagePlan, check_tokenizer, plan_stages, prepare
-from .recipe_rules import uses_cache
+from .recipe_rules import is_sharded, uses_cache
 from .schema import Recipe
 from .trainable import parameter_groups, trained_names
 from .world import World
@@ -145,7 +145,9 @@ def _memory(recipe: Recipe, stages: list[tuple[StagePlan, DeltaNetConfig]], teac
             parameters = trained * (2 if cast else 4) / (size if zero == 3 else 1)
             gradients = trained * 4 / (size if zero >= 2 else 1)
             optimizer = trained * (8 + (4 if zero > 0 else 0)) / (size if zero >= 1 else 1)
-            rest = frozen * (2 if cast else 4) / (size if zero == 3 else 1) + other * (2 if cast else 4)
+            parts = size if is_sharded(recipe, size, zero) else 1
+            held = 0 if recipe.teacher is not None and recipe.teacher.offload == "cpu" and parts > 1 else other
+            rest = frozen * (2 if cast else 4) / (size if zero == 3 else 1) + held / parts * (2 if cast else 4)
             figures.append(_bytes(parameters + gradients + optimizer + rest))
         mark = "  <- this recipe" if zero == recipe.deepspeed.stage else ""
         lines.append(f"{zero:<6}{figures[0]:>13}{figures[1]:>15}{mark}")

@@ -119,17 +119,26 @@ class Engine:
 
     groups: dicts of `params`, `lr`, `weight_decay` (see trainable.py). Parameters outside the groups must not require
     gradients; they are kept as given. The module must live on the CPU or on `world.device` in its master precision.
+
+    source: of a module that is parted already (`sharded.partition`): its tensors as they came, whole, by name.
     """
 
-    def __init__(self, module: nn.Module, groups: list[dict], settings: EngineSettings, world: World):
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[dict],
+        settings: EngineSettings,
+        world: World,
+        source: Callable[[str], torch.Tensor] | None = None,
+    ):
         deepspeed = quiet_deepspeed()
-        self.settings, self.world, self.module = settings, world, module
+        self.settings, self.world, self.module, self.source = settings, world, module, source
         self.names = {name: p for name, p in module.named_parameters() if p.requires_grad}
         # A frozen tensor that bfloat16 would round is remembered as it came, so that it is saved as it came.
         self.frozen = {
             name: p.detach().to("cpu", copy=True)
             for name, p in module.named_parameters()
-            if not p.requires_grad and settings.casts_parameters and p.dtype != torch.bfloat16
+            if source is None and not p.requires_grad and settings.casts_parameters and p.dtype != torch.bfloat16
         }
         fillers = nn.ParameterList()
         if settings.zero_stage in (1, 2):
@@ -139,7 +148,8 @@ class Engine:
             optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
         else:
             optimizer = _GuardedAdamW(groups, settings.gradient_clipping, betas=settings.betas, eps=settings.eps)
-        masters = self.masters_of(module) if settings.casts_parameters else None
+        if source is None and settings.casts_parameters:
+            source = self.masters_of(module).__getitem__
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         with contextlib.redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints memory figures
             self.deepspeed, *_ = deepspeed.initialize(
@@ -152,8 +162,8 @@ class Engine:
                 buffer.data = value.to(buffer.device)
         self.optimizer = self.deepspeed.optimizer
         self.steps = 0
-        if masters is not None:
-            self.load_masters(masters.__getitem__)
+        if source is not None and settings.casts_parameters:
+            self.load_masters(source)
 
     def masters_of(self, module: nn.Module) -> dict[str, torch.Tensor]:
         return {
@@ -223,6 +233,8 @@ class Engine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _frozen(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
+        if self.source is not None:
+            return self.source(name)
         if name in self.frozen:
             return self.frozen[name]
         if self.settings.zero_stage == 3:

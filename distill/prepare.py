@@ -79,9 +79,11 @@ def prepare(
     world: World,
     *,
     write: Callable[[Source], Source] | None = None,
+    write_once: Callable[[Callable], dict] | None = None,
     advance: Callable[[Source, int], None] = lambda source, tokens: None,
 ) -> Prepared:
     """Tokenises all sources; `write` makes files of those the teacher writes (None: they are only planned).
+    `write_once` is `world.once`, where the teacher is parted over the ranks.
 
     `advance` is told a source and its tokens so far after every document. Raises UserError for what is wrong with a
     source, on every rank.
@@ -99,7 +101,9 @@ def prepare(
     sources = [*recipe.data.sources, *recipe.evaluation.sources]
     if write is not None:
         texts = [source for source in sources if source.from_teacher is not None]
-        written = once(world, lambda: {source.name: write(source) for source in texts})
+        written = (write_once or functools.partial(once, world))(
+            lambda: {source.name: write(source) for source in texts}
+        )
     if world.size > 1:
         once(world, lambda: [read(source) for source in sources] and None)
     train, held_out = {}, []

@@ -33,6 +33,14 @@ def stage_sources(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
     return stage.sources or tuple(source.name for source in recipe.data.sources if _reads(stage, source))
 
 
+def is_sharded(recipe: Recipe, num_processes: int, zero: int | None = None) -> bool:
+    """Whether the processes keep a part of the teacher each; `zero` instead of the recipe's own stage."""
+    teacher = recipe.teacher
+    if teacher is None or num_processes == 1 or teacher.shard == "off":
+        return False
+    return teacher.shard == "on" or ((recipe.deepspeed.stage if zero is None else zero) == 3 and teacher.cache is None)
+
+
 def _reads(stage: Stage, source: Source) -> bool:
     return (source.kind == "preference") == (stage.kind == "dpo")
 
@@ -88,6 +96,13 @@ def broken_rules(recipe: Recipe) -> Broken:
             yield ("deepspeed", "extra", "zero_optimization", key), f"decided by {owner}, not here"
     if recipe.deepspeed.offload_parameters != "none" and recipe.deepspeed.stage != 3:
         yield ("deepspeed", "offload_parameters"), "needs deepspeed.stage 3"
+    teacher = recipe.teacher
+    if teacher is not None and teacher.offload != "none" and not is_sharded(recipe, 2):
+        yield ("teacher", "offload"), "needs teacher.shard on, or deepspeed.stage 3"
+    if teacher is not None and teacher.shard == "on" and teacher.cache is not None:
+        yield ("teacher", "shard"), "needs a recipe without teacher.cache, which processes write each on their own"
+    if teacher is not None and teacher.shard == "on" and recipe.training.compile:
+        yield ("training", "compile"), "needs teacher.shard off"
     if recipe.training.compile and recipe.deepspeed.stage == 3:
         yield ("training", "compile"), "needs deepspeed.stage 0, 1 or 2: ZeRO 3 gathers parameters inside of the layers"
     if recipe.deepspeed.offload_optimizer != "none" and recipe.deepspeed.stage == 0:

@@ -54,10 +54,11 @@ from .onpolicy import Completions
 from .preferences import keep_reference
 from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
 from .recipe import load_recipe, show
-from .recipe_rules import uses_cache
+from .recipe_rules import is_sharded, uses_cache
 from .records import RECIPE, check_recipe_unchanged, checkpoint_digests, write_records
 from .report import sample, write_report
 from .schema import Recipe, Source
+from .sharded import frozen_student, frozen_teacher, once_with, partition, student_to_part
 from .stages import PREFIX, Align, Dpo, Whole, compile_layers, needs_teacher, share_frozen
 from .state import STUDENT, Marks, load_adapters, load_moments, write_state
 from .task_sources import check_tasks, trained_tasks
@@ -99,6 +100,7 @@ class _Run:
         self.recipe, self.folder, self.world, self.interrupts = recipe, folder, world, interrupts
         self.teacher_folder, self.commits, self.pulse = teacher, folder / "commits", Pulse()
         self.caches: dict[int, LogitCache] = {}
+        self.in_parts = is_sharded(recipe, world.size)
         training, sharding = recipe.training, recipe.deepspeed
         self.settings = EngineSettings(
             zero_stage=sharding.stage,
@@ -140,6 +142,7 @@ class _Run:
             self.folder / "tokens",
             self.world,
             write=self._write_text,
+            write_once=functools.partial(once_with, self.teacher, self.world),
             advance=self._watch,
         )
         self.plans = plan_stages(self.recipe, prepared)
@@ -223,8 +226,8 @@ class _Run:
     def _load_teacher(self) -> DeltaNetForCausalLM:
         names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         dtype = torch.bfloat16 if self.settings.casts_parameters else torch.float32
-        teacher = load_teacher(self.teacher_folder, names.get(self.recipe.teacher.dtype, dtype))
-        return teacher.requires_grad_(False).to(self.world.device)
+        dtype, offload = names.get(self.recipe.teacher.dtype, dtype), self.recipe.teacher.offload == "cpu"
+        return frozen_teacher(self.teacher_folder, dtype, self.world, in_parts=self.in_parts, offload=offload)
 
     def _check_steps(self) -> None:
         config = DeltaNetConfig.from_pretrained(self.start)
@@ -283,12 +286,13 @@ class _Run:
         stage, training = plan.stage, self.recipe.training
         if stage.kind == "convert_step":
             return self._convert_more(plan, folder, results)
-        student = load_student(folder, dtype=torch.float32)
+        reads_parts = self.settings.zero_stage == 3 and not stage.lora  # adapters are put on whole matrices
+        student, source = student_to_part(folder) if reads_parts else (load_student(folder, dtype=torch.float32), None)
         names = set(trained_names([name for name, _ in student.named_parameters()], stage, student.config))
         matrices = lora.adapted(names, stage) if stage.lora else set()
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in names - matrices)
-        if self.settings.zero_stage < 3 and self.teacher is not None:
+        if self.settings.zero_stage < 3 and self.teacher is not None and not self.in_parts:
             low = torch.bfloat16 if self.settings.casts_parameters else torch.float32
             share_frozen(student.to(self.world.device), self.teacher, low)
         if stage.lora:
@@ -296,6 +300,8 @@ class _Run:
             if commit is not None:
                 load_adapters(commit.folder, student)
         module = self._module(plan, student, folder, commit is not None)
+        if reads_parts:
+            partition(module, source, self.settings)
         if training.compile:
             compile_layers(module)
         trained = {n.removeprefix(PREFIX): p for n, p in module.named_parameters() if p.requires_grad}
@@ -305,7 +311,7 @@ class _Run:
             )
         groups = parameter_groups(trained, stage, student.config)
         settings = replace(self.settings, gradient_clipping=stage.clip, betas=stage.adam_betas)
-        engine = Engine(module, groups, settings, self.world)
+        engine = Engine(module, groups, settings, self.world, source)
         if commit is not None:
             load_moments(commit.folder, engine, marks.updates)
         first = 0 if marks is None else marks.step
@@ -413,14 +419,14 @@ class _Run:
         folder = self.folder / "references" / plan.stage.name
         once(self.world, lambda: keep_reference(start, folder, goes_on))
         dtype = torch.bfloat16 if self.settings.casts_parameters else torch.float32
-        return load_student(folder, dtype=dtype, device=self.world.device).requires_grad_(False)
+        return frozen_student(folder, dtype, self.world, in_parts=self.in_parts)
 
     def _figures(self, model: DeltaNetForCausalLM, teacher: DeltaNetForCausalLM | None) -> dict[str, float]:
         bfloat16 = self.settings.precision == "bf16"
         return compare(model, teacher, self.held_out, self.world, bfloat16=bfloat16, vocab_size=self.vocab_size)
 
     def _measure_folder(self, name: str, folder: Path) -> dict:
-        model = load_student(folder, dtype=torch.float32, device=self.world.device)
+        model = frozen_student(folder, torch.float32, self.world, in_parts=self.in_parts)
         return {"model": name, **self._figures(model, self._recalled_teacher())}
 
     def _recalled_teacher(self) -> DeltaNetForCausalLM | None:
@@ -433,11 +439,11 @@ class _Run:
 
     def _finish(self, commit: Commit, results: list[dict]) -> dict:
         """Export, samples of text and the report, by rank 0."""
+        teacher = self._recalled_teacher()
 
         def finish() -> dict:
             prompt = self.recipe.evaluation.prompt
             student = load_student(commit.folder / STUDENT, dtype=torch.float32, device=self.world.device)
-            teacher = self._recalled_teacher()
             writers = {"teacher": teacher, "student": student}
             has_text = any(source.task is None for source in self.recipe.data.sources)
             samples = {
@@ -476,7 +482,7 @@ class _Run:
                 print(f"\n{short(found)}\n\npage     {page}")
             return facts
 
-        facts = once(self.world, finish)
+        facts = once_with(teacher, self.world, finish)
         if self.recipe.export.push is not None and self.world.is_main:
             print(f"pushed   {push(self.folder / 'export', self.recipe.export.push)}")
         return facts

@@ -33,6 +33,10 @@ class Teacher(Section):
     model: str = Field(description="a checkpoint folder, a Hub id (owner/name), or a preset such as demo or llama-1b")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub repository")
     dtype: Dtype = Field("auto", description="of the weights in memory; auto is the training dtype")
+    shard: Literal["auto", "on", "off"] = Field(
+        "auto", description="part its weights over the processes; auto: of several with ZeRO 3"
+    )
+    offload: Literal["none", "cpu"] = Field("none", description="where a sharded teacher's parts wait")
     cache: Cache | None = Field(None, description="what forward_kl needs of it is written before the first step")
 
 

@@ -229,8 +229,10 @@ def compile_layers(module: Align | Whole, **options) -> None:
 
 
 def head(model: DeltaNetForCausalLM) -> torch.Tensor:
-    """The output weights (vocabulary, D), which are the embedding's where the two are tied."""
-    return model.lm_head.weight
+    """The output weights (vocabulary, D), which are the embedding's where the two are tied. Of a sharded model they are
+    gathered now, and freed with the last reference."""
+    shards = getattr(model, "shards", None)
+    return model.lm_head.weight if shards is None else shards.whole(model.lm_head.weight)
 
 
 def run_decoder(model: DeltaNetForCausalLM, batch: Batch, with_states: bool = False):

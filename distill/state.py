@@ -154,4 +154,4 @@ def _student_tensors(engine: Engine, student: DeltaNetForCausalLM):
             yield name.removeprefix(PREFIX), tensor
     for name, parameter in student.named_parameters():
         if name not in held:
-            yield name, parameter
+            yield name, engine.source(PREFIX + name) if parameter.is_meta else parameter
