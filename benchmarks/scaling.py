@@ -4,8 +4,9 @@
 
 Teacher and `global2` student have the shapes of Llama-3.2-1B and random weights made on the machine; the text is random
 tokens, packed. Everything is measured on one GPU and then on N of the same host in the same run, each a launch of
-torchrun that goes through all settings; one that fails is told, and a new launch goes on behind it. `--tiny` runs
-everything on CPUs with a toy model, to try the script.
+torchrun that goes through all settings; one that fails is told, and a new launch goes on behind it. `--shape tiny`
+runs everything on CPUs with a toy model, to try the script; `llama-8b` needs ZeRO 3, whose student is made in parts,
+as is the teacher with `--teacher-shard`.
 
 Model FLOPs of a token (`flops_per_token`): 6 x the student's matrix parameters (forward and backward), 2 x the
 teacher's, the heads included; causal softmax attention 2 T HQ hd a token and layer forward, three times that with
@@ -21,13 +22,15 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 PEAK = 989e12
-SHAPE = {
+SHAPES = {}
+SHAPES["llama-1b"] = {
     "vocab_size": 128256,
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -37,7 +40,14 @@ SHAPE = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
-TINY = {
+SHAPES["llama-8b"] = SHAPES["llama-1b"] | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+SHAPES["tiny"] = {
     "vocab_size": 500,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -87,18 +97,21 @@ def worker(tasks: list[dict]) -> None:
 
 def measure(task: dict, world) -> dict:
     """Trains `steps` steps of one setting, of which the first `warmup` are not timed."""
-    from deltanet import DeltaNetConfig, DeltaNetForCausalLM
+    from convert.loading import skeleton
+    from deltanet import DeltaNetConfig
     from distill.batch import make_batch
+    from distill.dry_run import held_bytes
     from distill.engine import Engine, EngineSettings
     from distill.loop import Job, positions_of
     from distill.schedules import Schedule
     from distill.schema import Loss, Stage
-    from distill.stages import Whole
+    from distill.sharded import partition, shard
+    from distill.stages import PREFIX, Whole, compile_layers
 
     cuda = world.device.type == "cuda"
     if task.get("kernels") == "fla":
         use_fla()
-    shape = TINY if task["tiny"] else SHAPE
+    shape = SHAPES[task["shape"]]
     kept = (1, shape["num_hidden_layers"] // 2)
     kinds = ["full_attention" if i in kept else "linear_attention" for i in range(shape["num_hidden_layers"])]
     common = {
@@ -106,24 +119,38 @@ def measure(task: dict, world) -> dict:
         "max_position_embeddings": 131072,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
     }
-    torch.manual_seed(0)
-    with world.device:
-        student = DeltaNetForCausalLM(DeltaNetConfig(**common, layer_types=kinds, mixer="gated_delta", skip_taps=4))
-        teacher = DeltaNetForCausalLM(
-            DeltaNetConfig(**common, layer_types=["full_attention"] * shape["num_hidden_layers"])
-        )
     low = torch.bfloat16 if task["dtype"] == "bfloat16" else torch.float32
-    teacher = teacher.to(low).eval().requires_grad_(False)
+    settings = EngineSettings(
+        zero_stage=task["zero"],
+        precision="bf16" if task["dtype"] == "bfloat16" else "fp32",
+        offload_optimizer=task["offload_optimizer"],
+        offload_parameters=task["offload_parameters"],
+    )
+    full = ["full_attention"] * shape["num_hidden_layers"]
+    student = skeleton(DeltaNetConfig(**common, layer_types=kinds, mixer="gated_delta", skip_taps=4))
+    teacher, taught = skeleton(DeltaNetConfig(**common, layer_types=full, dtype=low)), Drawn(student, 0, world.device)
+    teaching = Drawn(teacher, 1, world.device)
+    if task["shard"]:
+        teacher = shard(teacher, teaching, low, world, offload=task["offload_teacher"])
+    else:
+        teacher = teaching.fill(teacher, low).eval().requires_grad_(False)
+    in_parts = task["zero"] == 3
+    if not in_parts:
+        student = taught.fill(student, torch.float32)
     if task["checkpointing"]:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    if task["compile"]:
-        for layer in (*student.model.layers, *teacher.model.layers):
-            layer.compile()
     stage = Stage(kind="distil", steps=1, losses=[Loss(name="forward_kl")])
-    module = Whole(student, teacher, stage)
+    module, source = Whole(student, teacher, stage), None
+    if in_parts:
+
+        def source(name: str) -> torch.Tensor:
+            return taught(name.removeprefix(PREFIX))
+
+        partition(module, source, settings)
+    if task["compile"] and not in_parts:
+        compile_layers(module)
     groups = [{"params": list(student.parameters()), "lr": 1e-4, "peak_lr": 1e-4, "weight_decay": 0.0}]
-    settings = EngineSettings(zero_stage=task["zero"], precision="bf16" if task["dtype"] == "bfloat16" else "fp32")
-    engine = Engine(module, groups, settings, world)
+    engine = Engine(module, groups, settings, world, source)
     job = Job(0, "scaling", task["steps"], 0, 0, task["batch"], task["micro"], Schedule("constant", 1, 0), None)
     parts = Parts(world.device, teacher, student)
     losses, began = [], time.perf_counter()
@@ -159,6 +186,14 @@ def measure(task: dict, world) -> dict:
         "gpus": world.size,
         "tokens_per_second_per_gpu": rate,
         "peak_gib": max(world.gather(peak)),
+        "counted_gib": held_bytes(
+            task["zero"],
+            world.size,
+            low=settings.precision == "bf16",
+            trained=taught.count,
+            teacher=teaching.count / (world.size if task["shard"] else 1) * (not task["offload_teacher"]),
+        )
+        / 2**30,
         "seconds": {name: value / measured for name, value in parts.seconds().items()} | {"all": seconds / measured},
         "flop_use": rate
         * flops_per_token(shape, [kind != "full_attention" for kind in kinds], task["length"] / 3)
@@ -167,6 +202,36 @@ def measure(task: dict, world) -> dict:
     }
     engine.close()
     return result
+
+
+class Drawn:
+    """Random weights of a model on `meta`, tensor by tensor: each a function of its name, so that every process draws
+    the same and none holds more than one."""
+
+    def __init__(self, model, seed: int, device: torch.device):
+        self.seed, self.device, self.width = seed, device, model.config.hidden_size
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.count = sum(shape.numel() for shape in self.shapes.values())
+
+    def __call__(self, name: str) -> torch.Tensor:
+        shape, draw = self.shapes[name], torch.Generator(self.device)
+        if "norm" in name:
+            return torch.ones(shape, device=self.device)
+        if len(shape) < 2:
+            return torch.zeros(shape, device=self.device)
+        draw.manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+        return torch.randn(shape, generator=draw, device=self.device) * 0.02
+
+    def fill(self, model, dtype: torch.dtype):
+        """The model with all of them, whole."""
+        for place, owner in model.named_modules():
+            for name in owner._parameters:
+                full = ".".join(filter(None, (place, name)))
+                if full in self.shapes:
+                    owner._parameters[name] = torch.nn.Parameter(self(full).to(dtype))
+        model.tie_weights()
+        model.model.rotary_emb.to(self.device)
+        return model
 
 
 class Parts:
@@ -244,8 +309,9 @@ def launch(tasks: list[dict], gpus: int, log: Path) -> list[dict]:
 
 def show(found: dict) -> None:
     seconds = "  ".join(f"{name} {value:.3f}" for name, value in found["seconds"].items())
-    rate, peak = found["tokens_per_second_per_gpu"], found["peak_gib"]
-    print(f"{label(found)}: {rate:,.0f} tokens/s a GPU, {peak:.1f} GiB, {found['flop_use']:.1%} of peak")
+    rate, peak, counted = found["tokens_per_second_per_gpu"], found["peak_gib"], found["counted_gib"]
+    memory = f"{peak:.1f} GiB ({counted:.1f} counted without activations)"
+    print(f"{label(found)}: {rate:,.0f} tokens/s a GPU, {memory}, {found['flop_use']:.1%} of peak")
     print(f"   seconds a step: {seconds}", flush=True)
 
 
@@ -254,8 +320,17 @@ def name(task: dict) -> str:
 
 
 def label(task: dict) -> str:
-    extras = [key for key in ("checkpointing", "compile", "kernels") if task.get(key)]
-    return ", ".join([f"{task['gpus']} GPU", f"ZeRO {task['zero']}", task["dtype"], *extras])
+    options = (
+        "checkpointing",
+        "compile",
+        "kernels",
+        "shard",
+        "offload_teacher",
+        "offload_optimizer",
+        "offload_parameters",
+    )
+    extras = [key.replace("_", " ") for key in options if task.get(key)]
+    return ", ".join([task["shape"], f"{task['gpus']} GPU", f"ZeRO {task['zero']}", task["dtype"], *extras])
 
 
 def main() -> None:
@@ -268,7 +343,14 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="flash-linear-attention's kernels beside ours")
     parser.add_argument("--compile", action="store_true", help="torch.compile every layer")
     parser.add_argument("--checkpointing", action="store_true", help="also with activation checkpointing")
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
+    parser.add_argument("--micro", type=int, default=2, help="sequences of a forward pass")
+    parser.add_argument("--only-all", action="store_true", help="not on one GPU, which may be too small")
+    parser.add_argument("--teacher-shard", action="store_true", help="the teacher in parts, of ZeRO 3")
+    parser.add_argument("--offload-teacher", action="store_true", help="its parts in CPU memory")
+    parser.add_argument("--offload-optimizer", action="store_true", help="from ZeRO 1 on")
+    parser.add_argument("--offload-parameters", action="store_true", help="of ZeRO 3")
+    parser.add_argument("--no-plain", action="store_true", help="with --checkpointing: not without it")
     parser.add_argument("--out", type=Path, default=Path("scaling"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -277,20 +359,30 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     base = {
-        "tiny": arguments.tiny, "length": arguments.seq_len, "steps": arguments.steps, "warmup": 4, "micro": 2,
-        "dtype": "bfloat16", "checkpointing": False, "compile": arguments.compile,
+        "shape": arguments.shape, "length": arguments.seq_len, "steps": arguments.steps, "warmup": 4,
+        "micro": arguments.micro, "dtype": "bfloat16", "checkpointing": False, "compile": arguments.compile,
     }  # fmt: skip
-    tiny = {"tiny": True, "length": 256, "steps": arguments.same_steps, "warmup": 1, "micro": 1, "compile": False}
-    kinds = [False] + [True] * arguments.checkpointing
-    speed = [base | {"zero": zero, "checkpointing": kind} for zero in arguments.stages for kind in kinds]
+    tiny = {"shape": "tiny", "length": 256, "steps": arguments.same_steps, "warmup": 1, "micro": 1, "compile": False}
+    kinds = [False] * (not arguments.no_plain) + [True] * arguments.checkpointing
+
+    def sharding(zero: int) -> dict:
+        return {
+            "zero": zero,
+            "shard": arguments.teacher_shard and zero == 3,
+            "offload_teacher": arguments.offload_teacher and zero == 3,
+            "offload_optimizer": arguments.offload_optimizer and zero > 0,
+            "offload_parameters": arguments.offload_parameters and zero == 3,
+        }
+
+    speed = [base | sharding(zero) | {"checkpointing": kind} for zero in arguments.stages for kind in kinds]
     same = [
-        base | tiny | {"zero": zero, "dtype": dtype, "batch": 2 * arguments.gpus}
+        base | tiny | sharding(zero) | {"dtype": dtype, "batch": 2 * arguments.gpus}
         for dtype in ("float32", "bfloat16")
         for zero in arguments.stages
         if arguments.same_steps
     ]
     results: dict[str, dict] = {}
-    counts = sorted({1, arguments.gpus})
+    counts = [arguments.gpus] if arguments.only_all else sorted({1, arguments.gpus})
     for gpus in counts:
         left = [task | {"gpus": gpus, "batch": task.get("batch", task["micro"] * gpus)} for task in speed + same]
         if arguments.peer and gpus == 1:

@@ -128,6 +128,17 @@ def _bytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
+def held_bytes(zero: int, size: int, *, low: bool, trained: float, frozen: float = 0, teacher: float = 0) -> float:
+    """Bytes of one process of `size`: `trained` and `frozen` parameters of the student, and as many numbers of the
+    teacher as it holds. low: it computes in bfloat16."""
+    cast = low and zero > 0
+    parameters = trained * (2 if cast else 4) / (size if zero == 3 else 1)
+    gradients = trained * 4 / (size if zero >= 2 else 1)
+    optimizer = trained * (8 + (4 if zero > 0 else 0)) / (size if zero >= 1 else 1)
+    rest = frozen * (2 if cast else 4) / (size if zero == 3 else 1) + teacher * (2 if cast else 4)
+    return parameters + gradients + optimizer + rest
+
+
 def _memory(recipe: Recipe, stages: list[tuple[StagePlan, DeltaNetConfig]], teacher: DeltaNetConfig | None) -> str:
     """What one process holds, of 1 and of 8, in the stage that trains most."""
     trained, config = max(((_trained(plan, config), config) for plan, config in stages), key=lambda pair: pair[0])
@@ -139,16 +150,11 @@ def _memory(recipe: Recipe, stages: list[tuple[StagePlan, DeltaNetConfig]], teac
         "ZeRO      1 process    8 processes",
     ]
     for zero in range(4):
-        cast = low and zero > 0
         figures = []
         for size in (1, 8):
-            parameters = trained * (2 if cast else 4) / (size if zero == 3 else 1)
-            gradients = trained * 4 / (size if zero >= 2 else 1)
-            optimizer = trained * (8 + (4 if zero > 0 else 0)) / (size if zero >= 1 else 1)
             parts = size if is_sharded(recipe, size, zero) else 1
-            held = 0 if recipe.teacher is not None and recipe.teacher.offload == "cpu" and parts > 1 else other
-            rest = frozen * (2 if cast else 4) / (size if zero == 3 else 1) + held / parts * (2 if cast else 4)
-            figures.append(_bytes(parameters + gradients + optimizer + rest))
+            held = 0 if parts > 1 and recipe.teacher.offload == "cpu" else other / parts
+            figures.append(_bytes(held_bytes(zero, size, low=low, trained=trained, frozen=frozen, teacher=held)))
         mark = "  <- this recipe" if zero == recipe.deepspeed.stage else ""
         lines.append(f"{zero:<6}{figures[0]:>13}{figures[1]:>15}{mark}")
     return "\n".join(lines)
