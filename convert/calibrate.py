@@ -9,6 +9,7 @@ output, its input and S (S + 1) products per head. What it gives: docs/results/c
 """
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable
@@ -215,7 +216,6 @@ class _Store:
 
     def __init__(self, folder: Path, fingerprint: str):
         self.folder, self.fingerprint = folder, fingerprint
-        folder.mkdir(parents=True, exist_ok=True)
 
     def _names(self, layer: int, student) -> list[str]:
         prefix = f"model.layers.{layer}.self_attn."
@@ -226,7 +226,10 @@ class _Store:
         tensors = {name: state[name] for name in self._names(layer, student)}
         whole = {"fingerprint": self.fingerprint, "report": report, "tensors": tensors}
         path = self.folder / f"layer-{layer}.pt"
-        torch.save(whole, path.with_suffix(".part"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(whole, buffer)  # to a file, it would tell of a full disk by an error without its cause
+        path.with_suffix(".part").write_bytes(buffer.getbuffer())
         path.with_suffix(".part").replace(path)
 
     def load(self, layer: int, student) -> dict | None:

@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -110,9 +110,10 @@ def convert(
         report["closeness"] = None
         store = out.absolute().with_name(f".{out.name}.calibration")
         if layout.linear and tuple(calibrate) != ("none",):
-            overrides, report["closeness"], report["calibration"] = _calibrate(
-                opened.folder, plan, tokenizer, calibrate, held_out, seed, store, where
-            )
+            with _saying_what_stays(store):
+                overrides, report["closeness"], report["calibration"] = _calibrate(
+                    opened.folder, plan, tokenizer, calibrate, held_out, seed, store, where
+                )
         try:
             with Staging(out, overwrite) as staging:
                 with progress("writing", plan.num_bytes / 1e6, "MB") as advance:
@@ -301,6 +302,19 @@ def _calibrate(
     with progress("measuring closeness", 4 + len(VARIANTS), "steps") as advance:
         measured = closeness(teacher, student, text.held_out, seed=seed, advance=advance)
     return overrides, measured, fitted
+
+
+@contextlib.contextmanager
+def _saying_what_stays(store: Path) -> Iterator[None]:
+    """Left before its end, however, the calibration says which layers it need not fit again, and where they are."""
+    try:
+        yield
+    except BaseException:
+        if count := len(list(store.glob("layer-*.pt"))):
+            print(f"fitted layers kept in {store}: {count}; the same command goes on from them", file=sys.stderr)
+        else:
+            shutil.rmtree(store, ignore_errors=True)
+        raise
 
 
 def _write_companions(opened: Source, plan: Plan, folder: Path, written: Written, report: dict) -> None:

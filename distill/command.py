@@ -4,6 +4,7 @@ Twin: tests/distill/test_dry_run.py.
 """
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,9 +16,13 @@ def run(arguments) -> None:
         print(show(load_recipe(arguments.recipe, arguments.overrides)), end="")
     elif arguments.dry_run:
         from .dry_run import describe
+        from .resume import outlook, run_folder
 
-        with tempfile.TemporaryDirectory(prefix="deltanet-plan-") as folder:
-            print(describe(load_recipe(arguments.recipe, arguments.overrides), Path(folder)))
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        folder = run_folder(arguments.recipe, arguments.output)
+        begins = outlook(recipe, folder, arguments.resume, lambda text: print(text, file=sys.stderr))
+        with tempfile.TemporaryDirectory(prefix="deltanet-plan-") as cache:
+            print(f"{begins}\n{describe(recipe, Path(cache))}")
     else:
         _distil(arguments)
 

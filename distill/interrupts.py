@@ -1,23 +1,31 @@
-"""SIGTERM and Ctrl-C: the first asks the run to commit and stop (exit code 75), the second stops it at once.
+"""SIGTERM and Ctrl-C: the first asks the run to end (exit code 75), the second ends the process at once.
 
-A handler only sets a flag, so nothing is cut in the middle; the loop looks at it after every step, on all ranks
-together, and whoever works long in between calls `check`. Twin: tests/distill/test_interrupts.py.
+Everything a run keeps appears by a rename, so the first signal may cut almost any work: it raises where the work is
+(`at_once`). Only training is not cut (`noted`): there the handler sets a flag, at which the loop looks after every
+step, on all ranks together, and commits. Twins: tests/distill/test_interrupts.py, tests/fault/test_whole_runs.py.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 from deltanet.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class _Cut(BaseException):
+    """Raised by a signal in the middle of something; no `except Exception` on its way may take it for its own."""
+
+
 class Interrupts:
     """Within the `with` block, `requested` is the name of the first signal that came, or None."""
 
     requested: str | None = None
+    _cuts = False
 
     def __enter__(self) -> "Interrupts":
         self._previous = {}
@@ -29,13 +37,41 @@ class Interrupts:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it the first signal ends the work wherever it is; Interrupted leaves the block."""
+        try:
+            self._cuts = True
+            self._look()
+            yield
+            self._cuts = False
+            self._look()
+        except _Cut:
+            raise Interrupted(
+                f"stopped by {self.requested}; what is finished is kept, and the same command goes on from there"
+            ) from None
+        finally:
+            self._cuts = False
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within it, in a block `at_once`, a signal cuts nothing; one that nobody looked at ends the work after it."""
+        self._look()
+        self._cuts = False
+        try:
+            yield
+        finally:
+            self._cuts = True
+        self._look()
+
+    def _look(self) -> None:
+        if self.requested is not None:
+            raise _Cut
+
     def _note(self, number: int, _frame) -> None:
         if self.requested is not None:
             os._exit(128 + number)
         self.requested = signal.Signals(number).name
+        if self._cuts:
+            raise _Cut
         print(f"{self.requested}: stopping after a commit; once more stops at once", file=sys.stderr, flush=True)
-
-    def check(self, what: str) -> None:
-        """Raises Interrupted if a signal has come; `what` says what is on disk."""
-        if self.requested is not None:
-            raise Interrupted(f"stopped by {self.requested}; {what}")

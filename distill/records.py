@@ -57,20 +57,20 @@ def write_records(
         "stages": {plan.stage.name: plan.corpus.digest for plan in plans},
     }
     path = folder / "inputs.json"
-    if path.is_file():
+    if (folder / RECIPE).is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         for kind, digests in inputs.items():
             for name in sorted(digests.keys() | before[kind].keys()):
                 if digests.get(name) != before[kind].get(name):
                     raise UserError(f"{folder}: {kind} {name} is not what the run was started with; restore it")
     data = {plan.stage.name: [asdict(report) for report in plan.reports] for plan in plans}
-    _write(path, json.dumps(inputs | {"data": data}, indent=2))
-    _write(folder / "environment.json", json.dumps(_environment(world), indent=2))
-    _write(folder / RECIPE, show(recipe))
+    write_whole(path, json.dumps(inputs | {"data": data}, indent=2))
+    write_whole(folder / "environment.json", json.dumps(_environment(world), indent=2))
+    write_whole(folder / RECIPE, show(recipe))
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all; a line break ends it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
     os.replace(temporary, path)

@@ -1,7 +1,7 @@
 """One distillation from recipe to export, in a folder that holds everything about it.
 
     run/recipe.yaml environment.json inputs.json    written before step 1
-    run/student/            the converted student, where the recipe converts one
+    run/student/            the converted student, where the recipe converts one; what made it: student.json
     run/written/ tokens/    what the teacher wrote, if the recipe asks; the sources, tokenised once
     run/logits/             with `teacher.cache`: what the teacher says of every target
     run/references/         of `dpo` stages: the student as the stage found it
@@ -15,27 +15,29 @@ are the same thing. Twins: tests/distill/test_run.py, tests/fault/test_kill.py.
 """
 
 import contextlib
+import errno
 import functools
 import gc
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
-from convert.command import convert, load_tokenizer
+from convert.command import load_tokenizer
 from convert.loading import load_teacher
 from convert.publish.push import push
 from convert.sources import open_source
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
-from deltanet.errors import Interrupted, UserError
+from deltanet.errors import DeltanetError, UserError
 
 from . import lora
-from .commit import Commit, drop_newer, locked, newest_commit, verify, write_commit
+from .commit import Commit, drop_newer, locked, write_commit
 from .convert_step import Untrained, config_after, convert_more, windows
 from .engine import Engine, EngineSettings
 from .evaluate import compare, mean_parts
@@ -45,18 +47,19 @@ from .evaluation.markdown import short
 from .evaluation.selection import select
 from .evaluation.subject import Subject
 from .export import add_reports, check_push, export
+from .first_student import first_student
 from .interrupts import Interrupts
 from .logit_cache import LogitCache, check_top_k, write_cache
 from .loop import Job, Rim, positions_of, train
 from .metrics import MetricsLog, Pulse, read_metrics, trackers
-from .new_student import write_new
 from .onpolicy import Completions
 from .preferences import keep_reference
 from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
 from .recipe import load_recipe, show
 from .recipe_rules import is_sharded, uses_cache
-from .records import RECIPE, check_recipe_unchanged, checkpoint_digests, write_records
+from .records import check_recipe_unchanged, checkpoint_digests, write_records
 from .report import sample, write_report
+from .resume import COMMITS, find_commit, run_folder
 from .schema import Recipe, Source
 from .sharded import frozen_student, frozen_teacher, once_with, partition, student_to_part
 from .stages import PREFIX, Align, Dpo, Whole, compile_layers, needs_teacher, share_frozen
@@ -65,6 +68,8 @@ from .task_sources import check_tasks, trained_tasks
 from .teacher_text import written_source
 from .trainable import parameter_groups, trained_names
 from .world import World, ending_together, once, start_world
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def distil(
@@ -81,7 +86,7 @@ def distil(
     """
     transformers.utils.logging.disable_progress_bar()
     recipe = load_recipe(path, overrides)
-    folder = Path(output) if output is not None else Path("runs") / Path(path).stem
+    folder = run_folder(path, output)
     with contextlib.ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         world = start_world()
@@ -90,7 +95,24 @@ def distil(
         if recipe.teacher is not None:
             teacher = stack.enter_context(open_source(recipe.teacher.model, recipe.teacher.revision)).folder
         once(world, lambda: stack.enter_context(locked(folder)))
+        stack.enter_context(_telling_of_no_room(folder))
+        stack.enter_context(interrupts.at_once())
         return _Run(recipe, folder, teacher, world, interrupts).everything(resume)
+
+
+@contextlib.contextmanager
+def _telling_of_no_room(folder: Path) -> Iterator[None]:
+    """Turns the error of a disk that takes no more into one that says what is left to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_ROOM:
+            raise
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        raise DeltanetError(
+            f"{folder}: cannot be written: {where}{getattr(error, 'strerror', None) or error}; its commits are "
+            "untouched, and the same command goes on once there is room"
+        ) from error
 
 
 class _Run:
@@ -98,7 +120,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: Path, teacher: Path | None, world: World, interrupts: Interrupts):
         self.recipe, self.folder, self.world, self.interrupts = recipe, folder, world, interrupts
-        self.teacher_folder, self.commits, self.pulse = teacher, folder / "commits", Pulse()
+        self.teacher_folder, self.commits, self.pulse = teacher, folder / COMMITS, Pulse()
         self.caches: dict[int, LogitCache] = {}
         self.in_parts = is_sharded(recipe, world.size)
         training, sharding = recipe.training, recipe.deepspeed
@@ -116,9 +138,8 @@ class _Run:
         self.tasks = once(self.world, lambda: select(self.recipe.evaluation.tasks, "evaluation.tasks"))
         self.tasks += trained_tasks(self.recipe.data.sources)
         commit = once(self.world, lambda: self._find_commit(resume))
-        self.start = self._student_folder()
+        self.start = once(self.world, lambda: first_student(self.recipe, self.folder, self.teacher_folder, _say))
         once(self.world, self._check_steps)
-        self._check_interrupted("nothing was trained yet")
         tokenizer = load_tokenizer(self.teacher_folder or self.start)
         if tokenizer is None:
             raise UserError(f"{self.teacher_folder or self.start} has no tokenizer, so no text can be read")
@@ -149,7 +170,6 @@ class _Run:
         self.held_out = held_out_sequences(self.recipe, prepared)
         once(self.world, lambda: self._write_records(prepared))
         once(self.world, lambda: check_tasks(self.tasks, tokenizer, self.vocab_size, longest))
-        self._check_interrupted("nothing was trained yet")
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         if self.world.is_main:
             self.log.sinks = trackers(self.recipe.logging, self.folder, self.folder.name)
@@ -163,48 +183,11 @@ class _Run:
         return self._finish(commit, results)
 
     def _find_commit(self, resume: str) -> Commit | None:
-        if resume in ("auto", "never"):
-            found = newest_commit(self.commits, report=_say)
-            if resume == "never" and found is not None:
-                raise UserError(
-                    f"--resume never: {self.folder} holds the commit {found.folder.name}; use another --output"
-                )
-        else:
-            if not Path(resume).is_dir():
-                raise UserError(f"--resume {resume}: no such commit; say auto, never or a folder in {self.commits}")
-            found = verify(Path(resume))
-            drop_newer(self.commits, found.step)
+        found = find_commit(self.folder, resume, _say)
         if found is not None:
+            drop_newer(self.commits, found.step)
             _say(f"goes on from {found.folder}")
         return found
-
-    def _student_folder(self) -> Path:
-        """The student the run starts from; converted now where the recipe says so and it is not there."""
-        student = self.recipe.student
-        folder = Path(student.model) if student.model is not None else self.folder / "student"
-        if student.new is not None:
-            once(self.world, lambda: self._make_new(folder))
-        elif student.convert is None and not (folder / "config.json").is_file():
-            raise UserError(
-                f"student.model: {folder} is not a checkpoint folder (no config.json), and no `convert:` makes it"
-            )
-        if student.convert is not None:
-            once(self.world, lambda: self._convert(folder))
-        return folder
-
-    def _convert(self, folder: Path) -> None:
-        if (folder / "config.json").is_file():
-            return
-        _say(f"converts {self.recipe.teacher.model} to {folder}")
-        options = self.recipe.student.convert.model_dump()
-        convert(self.recipe.teacher.model, folder, revision=self.recipe.teacher.revision, **options)
-
-    def _make_new(self, folder: Path) -> None:
-        # Until its recipe is written down, a run's own student may be that of an earlier try with another recipe.
-        is_started = self.recipe.student.model is not None or (self.folder / RECIPE).is_file()
-        if not (is_started and (folder / "config.json").is_file()):
-            _say(f"makes a student from nothing in {folder}")
-            write_new(self.recipe.student.new, folder)
 
     def _write_text(self, source: Source) -> Source:
         _say(f"the teacher writes {source.from_teacher:,} tokens or more, kept in {self.folder / 'written'}")
@@ -213,15 +196,9 @@ class _Run:
         return written_source(source, self.teacher, self.tokenizer, self.folder / "written", seed, watch)
 
     def _watch(self, source: Source, tokens: int) -> None:
+        """Says how far long preparations are."""
         what = "tokenised" if source.from_teacher is None else f"of {source.from_teacher:,} tokens are written"
-        self._pulse(f"{source.name}: {tokens:,} {what}")
-
-    def _pulse(self, text: str) -> None:
-        """Says how far long preparations are, and lets a signal end those of a single process; of several, the first
-        step looks."""
-        self.pulse(text)
-        if self.world.size == 1:
-            self.interrupts.check("nothing was trained yet")
+        self.pulse(f"{source.name}: {tokens:,} {what}")
 
     def _load_teacher(self) -> DeltaNetForCausalLM:
         names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -274,7 +251,7 @@ class _Run:
                 vocab_size=self.vocab_size,
                 bfloat16=self.settings.precision == "bf16",
                 report=_say,
-                advance=lambda done, name=name: self._pulse(f"{name}: {done:,} sequences are kept"),
+                advance=lambda done, name=name: self.pulse(f"{name}: {done:,} sequences are kept"),
             )
         self.teacher = None
         gc.collect()
@@ -374,7 +351,8 @@ class _Run:
             max_skipped_steps=training.max_skipped_steps,
         )
         positions_of(0, job, self.world)
-        train(engine, job, Rim(save, measure, self.log, self.interrupts))
+        with self.interrupts.noted():
+            train(engine, job, Rim(save, measure, self.log, self.interrupts))
         engine.close()
         return made[0]
 
@@ -432,10 +410,6 @@ class _Run:
     def _recalled_teacher(self) -> DeltaNetForCausalLM | None:
         """The teacher to measure with, read again where a cache let it go."""
         return self._load_teacher() if self.teacher is None and self.teacher_folder is not None else self.teacher
-
-    def _check_interrupted(self, what: str) -> None:
-        if self.world.sum([float(self.interrupts.requested is not None)])[0]:
-            raise Interrupted(f"stopped by {self.interrupts.requested or 'a signal to another rank'}; {what}")
 
     def _finish(self, commit: Commit, results: list[dict]) -> dict:
         """Export, samples of text and the report, by rank 0."""

@@ -217,7 +217,7 @@ def _write(
         if bounds[-1] == 0:
             where = ", ".join(source.path) if source.path else source.dataset or source.task
             raise UserError(f"source {source.name}: {where}: no text in it")
-        np.array(bounds, np.int64).tofile(staging / "bounds.bin")
+        (staging / "bounds.bin").write_bytes(np.array(bounds, np.int64).tobytes())
         sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
         facts = Facts(len(bounds) - 1, bounds[-1], supervised, stopped)
         (staging / "facts.json").write_text(json.dumps({"facts": asdict(facts), "sizes": sizes}))
