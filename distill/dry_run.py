@@ -13,18 +13,20 @@ import torch
 
 from convert.command import load_tokenizer
 from convert.families import teacher_config
-from convert.layouts import parse_layout
-from convert.plan import student_config
 from convert.sources import open_source
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.errors import UserError
 
 from .convert_step import config_after
+from .evaluation.selection import select
+from .export import check_push
+from .first_student import check_planned, check_there, planned
 from .logit_cache import bytes_a_target, check_top_k
-from .new_student import mixer_fields, plan_new
-from .prepare import StagePlan, check_tokenizer, plan_stages, prepare
+from .new_student import plan_new
+from .prepare import StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
 from .recipe_rules import is_sharded, uses_cache
 from .schema import Recipe
+from .task_sources import check_tasks, trained_tasks
 from .trainable import parameter_groups, trained_names
 from .world import World
 
@@ -32,6 +34,8 @@ from .world import World
 def describe(recipe: Recipe, cache: Path) -> str:
     """The plan as text; `cache` takes the tokens. Raises UserError for whatever would stop the run at its start."""
     world = World(0, 1, torch.device("cpu"))
+    check_push(recipe.export.push)
+    tasks = [*select(recipe.evaluation.tasks, "evaluation.tasks"), *trained_tasks(recipe.data.sources)]
     with contextlib.ExitStack() as stack:
         teacher = None
         if recipe.teacher is None:
@@ -49,6 +53,9 @@ def describe(recipe: Recipe, cache: Path) -> str:
         stop_ids = [stop] if isinstance(stop, int) else stop or []
         prepared = prepare(recipe, tokenizer, (teacher or config).vocab_size, stop_ids, cache, world)
         plans = plan_stages(recipe, prepared)
+    held_out_sequences(recipe, prepared)
+    vocab_size = min((teacher or config).vocab_size, len(tokenizer))
+    check_tasks(tasks, tokenizer, vocab_size, (teacher or config).max_position_embeddings)
     lines = ["teacher  none"]
     if teacher is not None:
         lines = [f"teacher  {recipe.teacher.model}, {_count(teacher) / 1e6:,.1f} M parameters"]
@@ -67,20 +74,20 @@ def describe(recipe: Recipe, cache: Path) -> str:
     lines.append("\nstage         kind        steps  batch x length      tokens    epochs    trained")
     configs = list(itertools.accumulate(plans, lambda before, plan: config_after(plan.stage, before), initial=config))
     lines += [_stage_line(plan, after) for plan, after in zip(plans, configs[1:])]
-    lines += _cache_lines(recipe, plans, min((teacher or config).vocab_size, len(tokenizer)))
+    lines += _cache_lines(recipe, plans, vocab_size)
     lines.append(_memory(recipe, list(zip(plans, configs[1:])), teacher))
     return "\n".join(lines)
 
 
 def _student(recipe: Recipe, teacher: DeltaNetConfig) -> DeltaNetConfig:
     folder = Path(recipe.student.model) if recipe.student.model else None
-    if folder is not None and (folder / "config.json").is_file():
-        return DeltaNetConfig.from_pretrained(folder)
-    wish = recipe.student.convert
-    if wish is None:
-        raise UserError(f"student.model: {folder} is no checkpoint (no config.json), and no `convert:` makes it")
-    layout = parse_layout(wish.hybrid, teacher.layer_types, teacher.sliding_window)
-    return student_config(teacher, layout, **mixer_fields(wish))
+    if recipe.student.convert is None:
+        check_there(folder)
+    if folder is None or not (folder / "config.json").is_file():
+        return planned(recipe, teacher)
+    if recipe.student.convert is not None:
+        check_planned(recipe, folder, teacher)
+    return DeltaNetConfig.from_pretrained(folder)
 
 
 def _parameters(config: DeltaNetConfig) -> dict[str, torch.nn.Parameter]:

@@ -2,11 +2,14 @@
 
 import types
 
+import pytest
 import small_run
 
+from deltanet.errors import UserError
 from distill.command import run
 from distill.dry_run import describe
 from distill.recipe import load_recipe, parse_recipe
+from distill.run import distil
 
 
 def test_the_plan_counts_what_the_run_will_do(tmp_path):
@@ -29,3 +32,60 @@ def test_the_commands_print_and_leave_nothing_behind(tmp_path, capsys):
     run(types.SimpleNamespace(**vars(arguments), print_config=False, dry_run=True))
     assert "align" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def dry_run(recipe, *overrides, output=None, resume="auto"):
+    arguments = {"recipe": recipe, "overrides": list(overrides), "output": output, "resume": resume}
+    run(types.SimpleNamespace(**arguments, print_config=False, dry_run=True))
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_it_says_where_the_run_would_go_on_and_refuses_what_the_run_would(tmp_path, capsys):
+    stages = [{"kind": "align", "steps": 2}, {"kind": "distil", "steps": 5}]
+    recipe = small_run.write_recipe(
+        tmp_path / "r.yaml", small_run.write_teacher(tmp_path / "teacher"), stages=stages, training__keep_commits=9
+    )
+    folder = tmp_path / "run"
+    dry_run(recipe, output=folder)
+    assert capsys.readouterr().out.startswith(f"run      {folder}: begins with the first step\n")
+    assert not folder.exists()
+
+    distil(recipe, output=folder)
+    capsys.readouterr()
+    before = content(folder)
+    commits = folder / "commits"
+    for resume, words in [
+        ("auto", f"goes on from {commits / 'step-00000007'}, where distil has done 5 steps"),
+        (str(commits / "step-00000004"), f"goes on from {commits / 'step-00000004'}, where distil has done 2 steps"),
+    ]:
+        dry_run(recipe, output=folder, resume=resume)
+        assert capsys.readouterr().out.startswith(f"run      {folder}: {words}\n")
+    for overrides, resume, words in [
+        ([], "never", "--resume never: .* holds the commit step-00000007"),
+        ([], str(tmp_path / "nowhere"), "no such commit; say auto, never or a folder in"),
+        (["stages.distil.lr=0.5"], "auto", r"started with another recipe: stages\.1\.lr: .* -> 0\.5"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            dry_run(recipe, *overrides, output=folder, resume=resume)
+    assert content(folder) == before  # not even the commits past the one that was named have gone
+
+    victim = next((commits / "step-00000007").rglob("*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    dry_run(recipe, output=folder)
+    told = capsys.readouterr()
+    assert f"{victim.name}: has " in told.err
+    assert "step-00000006, where distil has done 4 steps" in told.out
+
+
+def test_what_would_stop_the_run_later_stops_the_plan(tmp_path):
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", small_run.write_teacher(tmp_path / "teacher"))
+    for overrides, words in [
+        (["evaluation.sources=[]", "data.held_out=0"], "nothing is held out"),
+        (["evaluation.tasks=[nothing]"], "nothing"),
+        (["student.convert=null", f"student.model={tmp_path / 'nowhere'}"], "is not a checkpoint folder"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            describe(load_recipe(recipe, overrides), tmp_path / "cache")
