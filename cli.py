@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failure, 2 wrong input, 75 interrupted with everything sav
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 
 def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -211,10 +212,11 @@ def generate_parser() -> argparse.ArgumentParser:
         "Let a student (or a teacher) continue a prompt; the text streams to standard output.",
         "examples:\n"
         '  deltanet-generate student "Once upon a time"\n'
+        '  deltanet-generate demo "Once upon a time"\n'
         '  deltanet-generate student --chat "What is the capital of France?"\n'
         "  echo 'Once upon' | deltanet-generate student -",
     )
-    parser.add_argument("model", help="checkpoint folder")
+    parser.add_argument("model", help="checkpoint folder, .gguf file, preset, Hub id (owner/name), or demo")
     parser.add_argument("prompt", help="the text to continue; - reads standard input")
     parser.add_argument(
         "--chat", action="store_true", help="treat the prompt as a question in the model's chat template"
@@ -239,10 +241,15 @@ def generate_parser() -> argparse.ArgumentParser:
 
 def generate_main(argv: Sequence[str] | None = None) -> int:
     def call(arguments: argparse.Namespace) -> None:
+        from convert.sources import open_source
         from deltanet.generate import generate
 
         options = {key: value for key, value in vars(arguments).items() if key != "debug"}
-        generate(**options)
+        if Path(arguments.model).is_dir():
+            generate(**options)
+            return
+        with open_source(arguments.model) as source:
+            generate(**options | {"model": str(source.folder)})
 
     return _run(generate_parser(), argv, call)
 
@@ -252,7 +259,7 @@ def distill_parser() -> argparse.ArgumentParser:
         "deltanet-distill",
         "Distil a student against its teacher, as a recipe says. A run that was stopped goes on where it was.",
         "examples:\n"
-        "  deltanet-distill recipes/quickstart.yaml\n"
+        "  deltanet-distill quickstart\n"
         "  deltanet-distill recipes/stories.yaml stages.align.steps=100 --output runs/try\n"
         "  torchrun --nproc-per-node 8 --no-python deltanet-distill recipes/qwen3-8b.yaml",
     )

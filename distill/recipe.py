@@ -6,6 +6,7 @@ recipes. The keys are in `schema.py`, the rules that join several in `recipe_rul
 Twin: tests/distill/test_recipe.py.
 """
 
+import contextlib
 import copy
 import json
 import typing
@@ -61,6 +62,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """As `load_recipe`, from the text of a file called `origin`."""
+    raw = _read(text, origin, overrides)
+    recipe, complaints = _check(raw)
+    if complaints:
+        culprits = {complaint: _culprit(complaint, raw, text, overrides) for complaint in complaints}
+        raise _first(raw, complaints, culprits)
+    return recipe
+
+
+def _read(text: str, origin: str, overrides: Sequence[str]) -> _Raw:
     value, lines = read_yaml(text, origin)
     if not isinstance(value, dict):
         raise UserError(f"{origin}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
@@ -69,14 +79,29 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recip
         _override(raw, override)
     _refuse_secrets(raw, raw.value, ())
     raw.value = _resolve(raw.value)
+    return raw
+
+
+def _check(raw: _Raw) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
+    """The recipe, or where it is wrong and how."""
     try:
         recipe = Recipe.model_validate(raw.value)
     except ValidationError as error:
-        raise _first(raw, [(_path(e["loc"], raw.value), _explain(e)) for e in error.errors()]) from None
-    complaints = list(broken_rules(recipe))
-    if complaints:
-        raise _first(raw, complaints)
-    return recipe
+        return None, [(_path(e["loc"], raw.value), _explain(e)) for e in error.errors()]
+    return recipe, list(broken_rules(recipe))
+
+
+def _culprit(complaint: tuple[KeyPath, str], raw: _Raw, text: str, overrides: Sequence[str]) -> str | None:
+    """The override without which nothing is wrong at a key that the file wrote. A rule may join several keys, and only
+    one of them is where it is told."""
+    if raw.place(complaint[0]).startswith(COMMAND_LINE):
+        return None
+    for index, override in reversed(list(enumerate(overrides))):
+        with contextlib.suppress(UserError):
+            _, others = _check(_read(text, raw.origin, [*overrides[:index], *overrides[index + 1 :]]))
+            if complaint[0] not in [path for path, _ in others]:
+                return override.partition("=")[0]
+    return None
 
 
 def show(recipe: Recipe) -> str:
@@ -105,6 +130,8 @@ def _find(path: str | Path) -> Path:
         return file
     shipped = recipes_folder()
     names = sorted(found.name for found in shipped.glob("*.yaml"))
+    if f"{path}.yaml" in names:
+        return shipped / f"{path}.yaml"
     if str(path) in names or (file.parent.name == "recipes" and file.name in names and not file.is_absolute()):
         return shipped / file.name
     what = "is a folder" if file.is_dir() else "no such file"
@@ -216,8 +243,13 @@ def _path(loc: tuple, value: Any) -> KeyPath:
     return tuple(part for part in loc if part != "[key]")
 
 
-def _first(raw: _Raw, complaints: list[tuple[KeyPath, str]]) -> UserError:
-    places = [(raw.place(path), message) for path, message in complaints]
+def _first(raw: _Raw, complaints: list[tuple[KeyPath, str]], culprits: dict) -> UserError:
+    places = []
+    for complaint in complaints:
+        path, message = complaint
+        culprit = culprits[complaint]
+        where = raw.place(path) if culprit is None else f"{COMMAND_LINE} {culprit}: {dotted(path)}".removesuffix(": ")
+        places.append((where, message))
     order = {place: rank for rank, place in enumerate(raw.places.values())}
     # a key is often missing because another one is misspelt, so that one is told first
     places.sort(key=lambda item: (item[1] == MISSING, order.get(item[0].rpartition(" ")[0], len(order))))

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -94,10 +93,8 @@ def start_world(timeout_minutes: float = 240.0) -> World:
     collective at the first start (39 s, needs g++); it is switched off, gloo does the same.
     """
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(zip(_LAUNCHED, ("0", "1", "0", "127.0.0.1", port)))
+        # Port 0 is whichever is free as it is opened; one looked for beforehand may be taken by then.
+        os.environ.update(zip(_LAUNCHED, ("0", "1", "0", "127.0.0.1", "0")))
     has_cuda = torch.cuda.is_available()
     if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -89,10 +89,17 @@ def test_an_unexpected_error_is_one_line_and_exit_code_1(capsys, monkeypatch):
         raise RuntimeError("it broke")
 
     monkeypatch.setattr(deltanet.generate, "generate", fail)
-    assert cli.generate_main(["folder", "hello"]) == 1
+    assert cli.generate_main(["demo", "hello"]) == 1
     assert capsys.readouterr().err == "deltanet-generate: RuntimeError: it broke (--debug shows where)\n"
     with pytest.raises(RuntimeError, match="it broke"):
-        cli.generate_main(["folder", "hello", "--debug"])
+        cli.generate_main(["demo", "hello", "--debug"])
+
+
+def test_generate_takes_what_convert_takes(capsys, tmp_path):
+    assert cli.generate_main(["demo", "Once upon a time", "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time")
+    assert cli.generate_main(["demmo", "hello"]) == 2
+    assert "demmo: no such folder, and no preset (did you mean 'demo'?)" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_exit_code_130(capsys, monkeypatch):
@@ -102,7 +109,7 @@ def test_ctrl_c_is_exit_code_130(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(deltanet.generate, "generate", interrupt)
-    assert cli.generate_main(["folder", "hello"]) == 130
+    assert cli.generate_main(["demo", "hello"]) == 130
     assert "Ctrl-C" in capsys.readouterr().err
 
 

@@ -124,6 +124,14 @@ def test_a_file_that_is_no_mapping_is_refused(text):
         parse_recipe(text, "r.yaml")
 
 
+def test_of_several_overrides_the_one_is_blamed_that_did_it_and_none_for_what_the_file_says():
+    wrong = "training.batch_size=3"
+    with pytest.raises(UserError, match=r"^command line training.batch_size: stages.0: its batch of 3"):
+        parse("", "", "stages.0.lr=1e-5", wrong, "training.seed=2")
+    with pytest.raises(UserError, match=r"^r.yaml:11 stages.0: its batch of 9"):
+        parse("batch_size: 8", "batch_size: 9", "stages.0.lr=1e-5", "training.seed=2")
+
+
 def test_overrides_change_keys_by_place_and_by_name():
     recipe = parse("", "", "stages.distil.lr=1e-5", "stages.0.steps=7", "data.repeats=0.3", "logging.wandb=true")
     assert (recipe.stages[1].lr, recipe.stages[0].steps, recipe.data.repeats) == (1e-5, 7, 0.3)
@@ -146,7 +154,10 @@ def test_overrides_change_keys_by_place_and_by_name():
         ("--training.seed=1", "command line: '--training.seed=1' is not key.path=value"),
         ("teacher.model.x=1", "command line teacher.model.x: teacher.model is a plain value, it has no 'x'"),
         ("stages.1={kind: distil, steps: 1, lrr: 2}", "command line stages.1.lrr: unknown key"),
-        ("training.batch_size=3", "r.yaml:11 stages.0: its batch of 3 sequences is no multiple"),
+        ("training.batch_size=3", "command line training.batch_size: stages.0: its batch of 3 sequences is no"),
+        ("stages.align.micro_batch_size=5", "command line stages.align.micro_batch_size: stages.0: its batch of 8"),
+        ("deepspeed.offload_parameters=cpu", "command line deepspeed.offload_parameters: needs deepspeed.stage 3"),
+        ("student.convert=null", "command line student.convert: student: say `model:`"),
     ],
 )  # fmt: skip
 def test_overrides_obey_the_same_rules(override, message):
@@ -218,11 +229,15 @@ def test_masking_hides_secrets_and_the_environments_and_nothing_else(monkeypatch
 def test_files_are_found_here_or_among_the_shipped_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = load_recipe("recipes/quickstart.yaml")
-    assert load_recipe("quickstart.yaml") == shipped
+    assert load_recipe("quickstart.yaml") == load_recipe("quickstart") == shipped
+    Path("quickstart").mkdir()
+    assert load_recipe("quickstart") == shipped
     Path("quickstart.yaml").write_text(TEXT)
     assert load_recipe("quickstart.yaml") != shipped
     with pytest.raises(UserError, match=r"quikstart.yaml: no such file; .* \(did you mean 'quickstart.yaml'\?\)"):
         load_recipe("quikstart.yaml")
+    with pytest.raises(UserError, match=r"quikstart: no such file; .* \(did you mean 'quickstart.yaml'\?\)"):
+        load_recipe("quikstart")
     Path("latin.yaml").write_bytes(b"version: \xff")
     with pytest.raises(UserError, match=r"latin.yaml: cannot be read as UTF-8"):
         load_recipe("latin.yaml")
