@@ -70,6 +70,7 @@ from .trainable import parameter_groups, trained_names
 from .world import World, ending_together, once, start_world
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+NOTHING_LOST = "its commits are untouched, and the same command goes on once there is room"
 
 
 def distil(
@@ -105,14 +106,16 @@ def _telling_of_no_room(folder: Path) -> Iterator[None]:
     """Turns the error of a disk that takes no more into one that says what is left to do."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_ROOM:
+    except OSError as error:
+        where = str(error.filename or "")
+        if error.errno not in NO_ROOM or (where and not where.startswith(str(folder))):
             raise
-        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
-        raise DeltanetError(
-            f"{folder}: cannot be written: {where}{getattr(error, 'strerror', None) or error}; its commits are "
-            "untouched, and the same command goes on once there is room"
-        ) from error
+        why = f"{where}: {error.strerror}" if where else error.strerror
+        raise DeltanetError(f"{folder}: cannot be written: {why}; {NOTHING_LOST}") from error
+    except SafetensorError as error:
+        if not str(error).startswith("Error while serializing"):
+            raise
+        raise DeltanetError(f"{folder}: cannot be written: {error}; {NOTHING_LOST}") from error
 
 
 class _Run:

@@ -35,7 +35,7 @@ full = OSError(28, "No space left on device")
 """
 FAILURES = {
     "a forward pass": (1, "failing(loop, 'make_batch', RuntimeError('out of luck'), 5)", "RuntimeError: out of luck"),
-    "the log": (0, "failing(metrics.MetricsLog, 'write', full, 2)", "OSError: [Errno 28] No space left on device"),
+    "the log": (0, "failing(metrics.MetricsLog, 'write', full, 2)", "cannot be written: No space left on device"),
     "gathering for a commit": (1, "failing(state.lora, 'plain_name', MemoryError('full'), 9)", "MemoryError: full"),
     "writing weights": (1, "failing(state, 'save_file', full)", "not committed: rank 1: student/model-rank001-00001"),
 }
