@@ -104,7 +104,7 @@ def convert_parser() -> argparse.ArgumentParser:
         "--rank",
         metavar="METHOD",
         help="convert nothing; score which layers need attention most and write RANKING.json to OUT, by linearity, "
-        "fit, swap, recall or greedy",
+        "fit, swap, recall, greedy or distilled[:STEPS]",
     )
     parser.add_argument("--mixer", default="gated_delta", metavar="M", help="gated_delta (default) or delta")
     parser.add_argument(

@@ -55,9 +55,9 @@ def rank(
     from ..loading import load_teacher
     from ..text import calibration_text, enough_tokens
     from .linearity import TOKENS_PER_UNIT
-    from .rank import check_method, check_text, linear_twin, rank_layers, rounds
+    from .rank import check_text, linear_twin, parse_method, rank_layers, rounds
 
-    check_method(method)
+    name, _ = parse_method(method)
     where = pick_device(device)
     options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range)
     out = check_target(Path(output), overwrite)
@@ -70,7 +70,7 @@ def rank(
         layout = parse_layout("none", config.layer_types, config.sliding_window)
         tokenizer = load_tokenizer(opened.folder)
         teacher = load_teacher(opened.folder, torch.float32, allow_pickle=allow_pickle).to(where)
-        is_linearity = method == "linearity"
+        is_linearity = name == "linearity"
         tokens = max(enough_tokens(config), TOKENS_PER_UNIT * config.hidden_size) if is_linearity else None
         with progress("writing the text", max(list(calibrate).count("self"), 1)) as advance:
             text = calibration_text(calibrate, held_out, tokenizer, teacher, tokens=tokens, seed=seed, advance=advance)

@@ -20,6 +20,7 @@ from ..calibration import Settings
 from ..closeness import layer_errors
 from ..loading import student_from_teacher
 from ..text import CalibrationText
+from .distilled import STEPS, distilled
 from .linearity import linearity
 from .swap import greedy, recall, swap
 
@@ -29,16 +30,24 @@ METHODS = {
     "swap": "KL(teacher || student) in nats when this layer alone is swapped",
     "recall": "rise of the loss on a repeated passage, less its rise on the first, when this layer alone is swapped",
     "greedy": "KL(teacher || student) in nats before this layer, the best next one, gets its attention back",
+    "distilled": "the same, where the mixers of every candidate are distilled for some steps before they are judged",
 }
 """What the score of each says. Larger means that the layer needs its attention more."""
+
+GREEDY = ("greedy", "distilled")
+"""Those that choose layer by layer, so that their order is not that of their scores."""
 
 Progress = Callable[[float], None]
 
 
-def check_method(method: str) -> str:
+def parse_method(text: str) -> tuple[str, int]:
+    """One of METHODS and, of `distilled` or `distilled:STEPS`, how many steps. Raises UserError for anything else."""
+    method, colon, steps = text.partition(":")
     if method not in METHODS:
-        raise UserError(f"--rank {method}: allowed are {', '.join(METHODS)}{nearest(method, list(METHODS))}")
-    return method
+        raise UserError(f"--rank {text}: allowed are {', '.join(METHODS)}{nearest(method, list(METHODS))}")
+    if colon and (method != "distilled" or not steps.isdecimal() or int(steps) < 1):
+        raise UserError(f"--rank {text}: only distilled takes a number, of steps, 1 or more, as in distilled:{STEPS}")
+    return method, int(steps) if colon else STEPS
 
 
 def check_text(method: str, text: CalibrationText) -> None:
@@ -48,7 +57,7 @@ def check_text(method: str, text: CalibrationText) -> None:
 
 def rounds(method: str, num_layers: int) -> int:
     """How often `rank_layers` calls `advance(1)`."""
-    return num_layers * (num_layers + 1) // 2 if method == "greedy" else num_layers
+    return num_layers * (num_layers + 1) // 2 if parse_method(method)[0] in GREEDY else num_layers
 
 
 def linear_twin(
@@ -79,30 +88,33 @@ def rank_layers(
     layers, `layer`, `score` and what else the method found, in the order of the ranking; tokens; seconds.
 
     text.fit is for `linearity` to fit its maps on, what twin (`linear_twin`, needed by all others) was calibrated on;
-    scores come from text.held_out. Raises UserError for an unknown method or where no text is held out.
+    `distilled` trains on; scores come from text.held_out. Raises UserError for an unknown method or where no text is
+    held out.
     """
-    check_method(method)
+    name, steps = parse_method(method)
     check_text(method, text)
     start = time.monotonic()
     scored = text.held_out.to(teacher.device)
-    if method == "linearity":
+    if name == "linearity":
         rows = linearity(teacher, text.fit.to(teacher.device), scored, advance=advance)
         rows = [{"layer": row["layer"], "score": 1 - row["block"], **row} for row in rows]
-    elif method == "fit":
+    elif name == "fit":
         rows = [
             {"layer": row["layer"], "score": row["residual_error"], **row}
             for row in layer_errors(teacher, twin, scored)
         ]
         advance(len(rows))
+    elif name == "distilled":
+        rows = distilled(teacher, twin, text.fit.to(teacher.device), scored, steps, advance)
     else:
-        rows = {"swap": swap, "recall": recall, "greedy": greedy}[method](teacher, twin, scored, advance)
-    if method != "greedy":
+        rows = {"swap": swap, "recall": recall, "greedy": greedy}[name](teacher, twin, scored, advance)
+    if name not in GREEDY:
         rows.sort(key=lambda row: -row["score"])
     return {
         "ranking": [row["layer"] for row in rows],
         "num_layers": len(rows),
         "method": method,
-        "score": METHODS[method],
+        "score": METHODS[name],
         "layers": rows,
         "tokens": {"fit": text.fit.numel(), "scored": scored.numel()},
         "seconds": round(time.monotonic() - start, 3),

@@ -30,7 +30,7 @@ def with_text(source) -> tuple:
     return (source, "--calibrate", source.parent / "text.txt")
 
 
-@pytest.mark.parametrize("method", ["linearity", "swap"])
+@pytest.mark.parametrize("method", ["linearity", "swap", "distilled:1"])
 def test_a_ranking_is_written_and_hybrid_reads_it(method, source, tmp_path, capsys):
     out = tmp_path / "deep" / "ranking.json"
     assert run(*with_text(source), "--rank", method, "-o", out) == 0
