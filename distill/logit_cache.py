@@ -14,6 +14,7 @@ what is damaged is written anew. Twin: tests/distill/test_logit_cache.py.
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -61,9 +62,13 @@ class LogitCache:
     corpus: Corpus
     digest: str
 
+    def file(self, position: int) -> Path:
+        """The portion that holds it."""
+        return self.folder / f"{position // PORTION:05}.safetensors"
+
     def __getitem__(self, position: int) -> Sequence:
-        index, place = divmod(position, PORTION)
-        with safe_open(self.folder / _file_name(index), "np") as portion:
+        place = position % PORTION
+        with safe_open(self.file(position), "np") as portion:
             begin, end = portion.get_slice("first")[place : place + 2].tolist()
             rows = (portion.get_slice(name)[begin:end] for name in ("ids", "log_p", "log_rest"))
             return replace(self.corpus[position], top_k=tuple(rows))
@@ -85,28 +90,26 @@ def write_cache(
     """The cache of all sequences that the stage reads, whole: portions that are missing or damaged are written.
 
     made_by: JSON, what the teacher is. Rows of its head from vocab_size on take no part. bfloat16 computes in it. All
-    ranks call it together, on storage they share; each sees to its share of the portions. `report` is told of damage,
-    `advance` this rank's sequences so far, after every portion; what it raises leaves whole portions. Raises
-    DeltanetError where the disk refuses a portion.
+    ranks call it together, on storage they share, and share the portions out; the teacher may be in parts. `report` is
+    told of damage, `advance` how many sequences are written; what it raises leaves whole portions. Raises DeltanetError
+    where the disk refuses a portion.
     """
     corpus, num_sequences = plan.corpus, plan.num_steps * plan.batch_size
     identity = [FORMAT, PORTION, made_by, corpus.digest, top_k, vocab_size, str(teacher.dtype), bfloat16]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     cache = LogitCache(folder / digest[:32], corpus, digest)
-    done = 0
-    for start in range(world.rank * PORTION, num_sequences, world.size * PORTION):
-        positions = range(start, min(start + PORTION, num_sequences))
-        file = cache.folder / _file_name(start // PORTION)
-        done += len(positions)
-        if file.exists():
-            problem = _problem(file, digest)
-            if problem is None and _num_sequences(file) >= len(positions):
-                continue
-            if problem is not None:
-                report(f"{file}: {problem}; the teacher writes it anew")
-        tensors = _portion(plan, positions, teacher, world, top_k, vocab_size, bfloat16)
-        _store(file, tensors, digest)
-        advance(done)
+    wanted = [range(start, min(start + PORTION, num_sequences)) for start in range(0, num_sequences, PORTION)]
+    mine = [positions for positions in wanted[world.rank :: world.size] if not _is_whole(cache, positions, report)]
+    missing = sorted(itertools.chain(*world.gather(mine)), key=lambda positions: positions.start)
+    for begin in range(0, len(missing), world.size):
+        turn = missing[begin : begin + world.size]
+        # A teacher in parts needs every rank in every forward pass, so one without a portion repeats another's.
+        positions = turn[min(world.rank, len(turn) - 1)]
+        num_passes = max(-(-len(other) // plan.micro_batch_size) for other in turn)
+        tensors = _portion(plan, positions, num_passes, teacher, world, top_k, vocab_size, bfloat16)
+        if world.rank < len(turn):
+            _store(cache.file(positions.start), tensors, digest)
+        advance(sum(map(len, missing[: begin + world.size])))
     world.gather(None)  # nobody reads a portion before all are written
     return cache
 
@@ -115,21 +118,27 @@ def write_cache(
 def _portion(
     plan: StagePlan,
     positions: range,
+    num_passes: int,
     teacher: DeltaNetForCausalLM,
     world: World,
     top_k: int,
     vocab_size: int,
     bfloat16: bool,
 ) -> dict[str, np.ndarray]:
+    """The tensors of a portion, by so many forward passes, of which those beyond its own are not kept."""
     counts, kept = [], []
     context = torch.autocast(world.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
-    for start in range(0, len(positions), plan.micro_batch_size):
+    starts = range(0, len(positions), plan.micro_batch_size)
+    for index in range(num_passes):
+        start = starts[min(index, len(starts) - 1)]
         sequences = [plan.corpus[at] for at in positions[start : start + plan.micro_batch_size]]
         batch = make_batch(sequences, world.device)
         with context:
             hidden = run_decoder(teacher, batch).last_hidden_state[batch.targets != IGNORED]
-            kept += likeliest(hidden, head(teacher)[:vocab_size], top_k)
-        counts += [int((sequence.targets != IGNORED).sum()) for sequence in sequences]
+            found = likeliest(hidden, head(teacher)[:vocab_size], top_k)
+        if index < len(starts):
+            kept += found
+            counts += [int((sequence.targets != IGNORED).sum()) for sequence in sequences]
     return {
         "first": np.cumsum([0, *counts], dtype=np.int64),
         "ids": np.concatenate([piece.ids.cpu().numpy() for piece in kept]).astype(_id_dtype(vocab_size)),
@@ -161,6 +170,17 @@ def _store(file: Path, tensors: dict[str, np.ndarray], digest: str) -> None:
         raise DeltanetError(f"{file}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
+def _is_whole(cache: LogitCache, positions: range, report: Callable[[str], None]) -> bool:
+    """Whether the portion is there, undamaged, and holds these sequences; `report` is told of damage."""
+    file = cache.file(positions.start)
+    if not file.exists():
+        return False
+    if problem := _problem(file, cache.digest):
+        report(f"{file}: {problem}; the teacher writes it anew")
+        return False
+    return _num_sequences(file) >= len(positions)
+
+
 def _problem(file: Path, digest: str) -> str | None:
     """What is wrong with a portion; None where it is whole and of this cache."""
     try:
@@ -186,10 +206,6 @@ def _sha256(tensors: dict[str, np.ndarray]) -> str:
 def _num_sequences(file: Path) -> int:
     with safe_open(file, "np") as portion:
         return portion.get_slice("first").get_shape()[0] - 1
-
-
-def _file_name(index: int) -> str:
-    return f"{index:05}.safetensors"
 
 
 def _id_dtype(vocab_size: int) -> type:

@@ -77,8 +77,37 @@ def work(rank: int, size: int, port: int, folder: str) -> None:
                 "tensors": len(weights), "alive": max(alive),
             }  # fmt: skip
     results["student"] = trained(world)
+    results["cache"] = kept(world, f"{folder}/cache")
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def kept(world, folder: str) -> list[dict]:
+    """What a cache of the teacher holds (`small_text.content`): written by this rank alone, by all, and by all with the
+    teacher in parts. It is of three portions, so that a rank of two has none in the last round."""
+    from pathlib import Path
+
+    import torch
+    from small_pair import VOCABULARY, pair
+    from small_text import content, plan
+
+    from convert.loading import skeleton
+    from distill.logit_cache import PORTION, write_cache
+    from distill.sharded import shard
+    from distill.world import World
+
+    teacher, found = pair()[0], []
+    weights = dict(teacher.named_parameters())
+    parted = shard(skeleton(teacher.config), lambda name: weights[name].detach().clone(), torch.float32, world)
+    alone = World(0, 1, world.device)
+    for place, model, who in (
+        (f"alone{world.rank}", teacher, alone),
+        ("all", teacher, world),
+        ("parts", parted, world),
+    ):
+        options = {"made_by": "teacher", "top_k": 6, "vocab_size": VOCABULARY}
+        found.append(content(write_cache(Path(folder) / place, plan(2 * PORTION + 5), model, who, **options)))
+    return found
 
 
 def trained(world) -> dict:

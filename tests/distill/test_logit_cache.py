@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import small_run
 import torch
-from safetensors import safe_open
-from small_pair import VOCABULARY, config, pair, sequence, stage
+from small_pair import VOCABULARY, config, pair, stage
+from small_text import TWO_FILES, Text, content, files, plan
 
 from deltanet import DeltaNetForCausalLM
 from deltanet.errors import DeltanetError, Interrupted, UserError
@@ -19,50 +19,17 @@ from distill.batch import make_batch, num_targets
 from distill.dry_run import describe
 from distill.logit_cache import PORTION, bytes_a_target, write_cache
 from distill.packing import IGNORED
-from distill.prepare import StagePlan
 from distill.recipe import load_recipe
 from distill.run import distil
 from distill.stages import Whole
 from distill.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
-TWO_FILES = PORTION + 5
-
-
-class Text:
-    """Stands for a corpus: sequences of other numbers of targets, some without any."""
-
-    def __init__(self, digest="text"):
-        self.digest = digest
-
-    def __getitem__(self, position):
-        found = sequence(position)
-        if position % 7 == 3:
-            found.targets[:] = IGNORED
-        return found
-
-
-def plan(num_sequences=TWO_FILES, micro_batch_size=2, digest="text"):
-    return StagePlan(0, stage("distil"), num_sequences, 1, micro_batch_size, 24, Text(digest))
 
 
 def write(folder, planned=None, teacher=None, world=ALONE, **options):
     options = {"made_by": "teacher", "top_k": 6, "vocab_size": VOCABULARY} | options
     return write_cache(folder, planned or plan(), teacher or pair()[0], world, **options)
-
-
-def files(cache):
-    return sorted(cache.folder.iterdir())
-
-
-def content(cache):
-    """The tensors of every portion, as bytes, and what it says of itself. (The order of its header varies.)"""
-    found = {}
-    for file in files(cache):
-        with safe_open(file, "np") as portion:
-            tensors = {name: portion.get_tensor(name).tobytes() for name in ("first", "ids", "log_p", "log_rest")}
-            found[file.name] = (tensors, portion.metadata())
-    return found
 
 
 def test_what_is_kept_is_the_teachers_distribution_to_float16(tmp_path):
@@ -146,7 +113,7 @@ def test_a_writing_that_was_stopped_goes_on_with_what_is_missing(tmp_path):
     before, done = first.stat().st_mtime_ns, []
     assert content(write(tmp_path / "cut", advance=done.append)) == whole
     assert first.stat().st_mtime_ns == before
-    assert done == [TWO_FILES]  # the second portion alone was written
+    assert done == [TWO_FILES - PORTION]  # the second portion alone was written
 
 
 def test_what_is_whole_asks_nothing_of_the_teacher(tmp_path, monkeypatch):
@@ -202,17 +169,6 @@ def test_another_teacher_text_k_vocabulary_or_precision_is_another_cache(tmp_pat
     assert content(cache) == before
 
 
-def test_two_processes_write_the_files_of_one(tmp_path):
-    class Peer(World):
-        def gather(self, value):
-            return [value, value]
-
-    alone = content(write(tmp_path / "one"))
-    for rank in (1, 0):
-        both = write(tmp_path / "two", world=Peer(rank, 2, torch.device("cpu")))
-    assert content(both) == alone
-
-
 def test_a_disk_that_refuses_is_one_error_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -239,7 +195,7 @@ def losses(run):
 
 def test_a_run_trains_without_the_teacher_in_memory_and_learns_the_same(small, tmp_path, monkeypatch):
     teachers, alive = [], []
-    load, train = run_module.load_teacher, run_module.train
+    load, train = run_module.frozen_teacher, run_module.train
 
     def loading(*arguments, **options):
         teacher = load(*arguments, **options)
@@ -251,7 +207,7 @@ def test_a_run_trains_without_the_teacher_in_memory_and_learns_the_same(small, t
         alive.append(sum(teacher() is not None for teacher in teachers))
         train(*arguments)
 
-    monkeypatch.setattr(run_module, "load_teacher", loading)
+    monkeypatch.setattr(run_module, "frozen_teacher", loading)
     monkeypatch.setattr(run_module, "train", training)
     plain = distil(small, output=tmp_path / "plain")
     assert alive == [1, 1]

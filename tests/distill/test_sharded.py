@@ -46,6 +46,13 @@ def test_an_error_of_rank_0_is_raised_on_all(ranks, case):
     assert all(rank[case]["failed"] for rank in ranks)
 
 
+def test_a_cache_is_the_same_written_alone_by_two_and_of_a_teacher_in_parts(ranks):
+    for rank in ranks:
+        alone, by_two, in_parts = rank["cache"]
+        assert len(alone) == 3
+        assert alone == by_two == in_parts
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_student_parted_as_it_is_read_trains_as_one_that_was_whole(ranks, precision):
     for rank in ranks:
