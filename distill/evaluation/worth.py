@@ -175,7 +175,7 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
-    elif type(value).__module__.startswith("transformers.cache_utils"):
+    elif any(base.__module__ == "transformers.cache_utils" for base in type(value).__mro__):  # a cache or its layer
         yield from _tensors(vars(value))
 
 

@@ -92,7 +92,9 @@ def test_a_rank_that_fails_ends_both_with_one_message_that_names_it(recipe, tmp_
     run = tmp_path / "run"
     told = end(start(recipe, run, code, victim), lambda: (tmp_path / "run-failed").exists())
     assert [code for code, _ in told] == [1, 1]
-    (line,) = [line for _, lines in told for line in lines]
+    lines = [line for _, lines in told for line in lines]
+    assert len(lines) == 1, lines
+    (line,) = lines
     assert words in line
     assert f"rank {victim}" in line
     assert not list((run / "commits").glob("step-????????"))[1:]  # one before it, or none
@@ -103,7 +105,9 @@ def test_what_every_rank_raises_is_told_once_without_a_rank(recipe, tmp_path):
     (tmp_path / "run" / "recipe.yaml").write_text(recipe.read_text().replace("seq_len: 32", "seq_len: 16"))
     told = end(start(recipe, tmp_path / "run", "", 0), lambda: False)
     assert [code for code, _ in told] == [2, 2]
-    (line,) = [line for _, lines in told for line in lines]
+    lines = [line for _, lines in told for line in lines]
+    assert len(lines) == 1, lines
+    (line,) = lines
     assert "the run was started with another recipe" in line
     assert " of 2" not in line
 
