@@ -87,7 +87,8 @@ def convert_parser() -> argparse.ArgumentParser:
         "  deltanet-convert ./my-model --rank swap --calibrate text.jsonl -o ranking.json\n"
         "  deltanet-convert ./my-model --hybrid ranking.json:4 --calibrate text.jsonl -o student\n"
         "  deltanet-convert student --verify\n"
-        "  deltanet-convert student --format remote -o student-remote",
+        "  deltanet-convert student --format remote -o student-remote\n"
+        "  deltanet-convert qwen3-0.6b --compat qwen3_5 -o student",
     )
     parser.add_argument("source", help="checkpoint folder, .gguf file, preset, Hub id (owner/name), or demo")
     parser.add_argument(
@@ -106,27 +107,30 @@ def convert_parser() -> argparse.ArgumentParser:
         help="convert nothing; score which layers need attention most and write RANKING.json to OUT, by linearity, "
         "fit, swap, recall, greedy or distilled[:STEPS]",
     )
-    parser.add_argument("--mixer", default="gated_delta", metavar="M", help="gated_delta (default) or delta")
+    parser.add_argument("--mixer", metavar="M", help="gated_delta (default) or delta")
     parser.add_argument(
         "--state-heads",
-        default="expanded",
         metavar="S",
         help="a state per query head (expanded, default) or per key/value head (shared)",
     )
     parser.add_argument(
         "--skip-conv",
         type=int,
-        default=4,
         metavar="TAPS",
         help="tokens of v that bypass the state; 0 is off (default: 4)",
     )
     parser.add_argument(
-        "--conv", type=int, default=0, metavar="K", help="convolution over q, k, v of K tokens; 0 is off (default: 0)"
+        "--conv", type=int, metavar="K", help="convolution over q, k, v of K tokens; 0 is off (default: 0)"
     )
     parser.add_argument(
-        "--gate", default="read", metavar="G", help="on what is read: read (per head), output (per channel), both, none"
+        "--gate", metavar="G", help="on what is read: read (per head, default), output (per channel), both, none"
     )
-    parser.add_argument("--beta-range", type=int, default=1, metavar="B", help="write strength up to 1 (default) or 2")
+    parser.add_argument("--beta-range", type=int, metavar="B", help="write strength up to 1 (default) or 2")
+    parser.add_argument(
+        "--compat",
+        metavar="NAME",
+        help="make the student so that --format NAME can write it later: fla or qwen3_5; it starts less close",
+    )
     parser.add_argument("--dtype", default="auto", metavar="D", help="auto (the source's), float32, bfloat16, float16")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
     parser.add_argument(
@@ -149,7 +153,8 @@ def convert_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         metavar="NAME",
-        help="convert nothing; write the student SOURCE to OUT in a form for others: remote (with its own code)",
+        help="convert nothing; write the student SOURCE to OUT in a form for others: remote (with its own code), fla "
+        "(flash-linear-attention) or qwen3_5 (transformers' own class)",
     )
     parser.add_argument("--device", default="auto", help="of the calibration: auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")

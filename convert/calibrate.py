@@ -23,9 +23,11 @@ from deltanet.errors import DeltanetError, UserError
 from deltanet.mixer import DeltaMixer
 
 from .calibration import OutputFit, Settings, SourceProducts, Stream, fit_gates, fit_strengths, head_metric
-from .calibration.strengths import shifted
+from .calibration.strengths import constant_direction, shifted
 
 LINEAR = "linear_attention"
+SILU_IS_ONE = 1.278465
+"""Where SiLU is one."""
 
 
 @torch.no_grad()
@@ -99,8 +101,11 @@ def _fit_layer(layer, attention, own, block, outputs, settings) -> dict:
     config = mixer.config
     heads = (config.num_attention_heads, config.head_dim)
     stream = own or attention
-    rotation = stream.rotation(layer)
+    rotation = stream.rotation(layer, config)
     metric = head_metric(mixer.o_proj.weight, config.num_attention_heads)
+    if config.output_gate and config.gate_activation == "silu":
+        picked = stream.mixer_input(layer, next(iter(attention.rows())))
+        mixer.g_proj.weight.copy_(SILU_IS_ONE * constant_direction(picked).expand_as(mixer.g_proj.weight))
     found = _search(layer, attention, own, mixer, metric, settings)
     first = int(config.exact_start)  # of a window's first token nothing is left to fit
 
@@ -142,10 +147,13 @@ def _search(layer, attention, own, mixer, metric, settings):
     context = context[:, :length].unflatten(-1, (mixer.num_heads, mixer.head_dim))
     teacher_x = attention.mixer_input(layer, picked)[:, :length]
     x = teacher_x if own is None else own.mixer_input(layer, picked)[:, :length]
-    rotation = attention.rotation(layer)
-    rotation = rotation and tuple(part[:, :length] for part in rotation)
     teacher = attention.model.layers[layer].self_attn
-    return fit_strengths(mixer, x, rotation, context, metric, settings, teacher_x, teacher.sliding_window)
+    own_rotation, rotation = (
+        found and tuple(part[:, :length] for part in found)
+        for found in (attention.rotation(layer, config) for config in (mixer.config, teacher.config))
+    )
+    of_teacher = (teacher_x, teacher.sliding_window, teacher, rotation)
+    return fit_strengths(mixer, x, own_rotation, context, metric, settings, *of_teacher)
 
 
 def _chunks(picked: torch.Tensor, size: int = 4):
@@ -156,6 +164,8 @@ def _sources(mixer: DeltaMixer, x, rotation, context) -> tuple[list[torch.Tensor
     """The sources whose coefficients are free, each (n, T, HQ, d), and what they are to make."""
     q, k, v, _ = mixer.project(x, rotation)
     z, _ = mixer.read(q, k, v, *mixer.strengths(x))
+    if not mixer.config.read_gate and not mixer.config.skip_taps:
+        return [mixer.combine(x, z, None).unflatten(-1, z.shape[2:])], context
     values = v.repeat_interleave(mixer.group, 2)
     taps = [shifted(values, j) for j in range(mixer.config.skip_taps)]
     return ([z, *taps], context) if mixer.config.read_gate or not taps else (taps, context - z)

@@ -22,6 +22,7 @@ from deltanet.config import MIXERS, STATE_HEADS
 from deltanet.errors import UserError, nearest
 
 from .checkpoint import open_checkpoint
+from .compat import FIELDS, resolve
 from .execute import Written, execute, write_small
 from .families import teacher_config
 from .layouts import LINEAR, parse_layout
@@ -45,12 +46,13 @@ def convert(
     output: str | Path,
     *,
     hybrid: str = "global2",
-    mixer: str = "gated_delta",
-    state_heads: str = "expanded",
-    skip_conv: int = 4,
-    conv: int = 0,
-    gate: str = "read",
-    beta_range: int = 1,
+    mixer: str | None = None,
+    state_heads: str | None = None,
+    skip_conv: int | None = None,
+    conv: int | None = None,
+    gate: str | None = None,
+    beta_range: int | None = None,
+    compat: str | None = None,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     calibrate: Sequence[str] = ("self",),
@@ -66,14 +68,17 @@ def convert(
     closeness, seconds, peak_rss_mb, notes, and with dry_run the plan instead of an output.
 
     `calibrate` is texts (files), `self`, or `none` for the plain copy; it runs on `device` (auto: the first CUDA
-    device, else the CPU), and an interrupted one goes on from its last finished layer. Raises UserError for every kind
+    device, else the CPU), and an interrupted one goes on from its last finished layer. Options of the mixer that are
+    None are as `compat` (compat.py) needs them, else `compat.DEFAULTS`. Raises UserError for every kind
     of wrong input, in which case nothing is left at `output`.
     """
     given, start = dict(locals()), time.monotonic()
     from deltanet.generate import pick_device
 
+    from .formats import check_format
+
     out = Path(output)
-    options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range)
+    options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range, compat)
     where = pick_device(device)
     target_dtype = WEIGHT_DTYPES.get(_one_of("--dtype", dtype, ("auto", *WEIGHT_DTYPES)))
     limit = parse_size("--max-shard-size", max_shard_size)
@@ -83,7 +88,10 @@ def convert(
         teacher = teacher_config(opened.folder)
         layout = parse_layout(hybrid, teacher.layer_types, teacher.sliding_window)
         checkpoint = open_checkpoint(opened.folder, allow_pickle)
-        plan = make_plan(checkpoint, student_config(teacher, layout, **options), target_dtype)
+        wanted = student_config(teacher, layout, **options)
+        if compat is not None:
+            check_format(compat, wanted, "--compat")
+        plan = make_plan(checkpoint, wanted, target_dtype)
         tokenizer = load_tokenizer(opened.folder)
         if tokenizer is None:
             plan.notes.append("the source has no tokenizer; the student has none either")
@@ -142,17 +150,28 @@ def convert(
     return _timed(report, start)
 
 
-def mixer_options(mixer: str, state_heads: str, skip_conv: int, conv: int, gate: str, beta_range: int) -> dict:
-    """Fields of DeltaNetConfig from the options of the command line. Raises UserError naming the option."""
+def mixer_options(
+    mixer: str | None,
+    state_heads: str | None,
+    skip_conv: int | None,
+    conv: int | None,
+    gate: str | None,
+    beta_range: int | None,
+    compat: str | None = None,
+) -> dict:
+    """Arguments of `student_config` from the options of the command line, None where one is not given. Raises
+    UserError naming the option."""
+    given = {"mixer": mixer, "state_heads": state_heads, "skip_conv": skip_conv, "conv": conv, "gate": gate}
+    settled = resolve(compat, given | {"beta_range": beta_range})
     options = {
-        "mixer": _one_of("--mixer", mixer, MIXERS),
-        "state_heads": _one_of("--state-heads", state_heads, STATE_HEADS),
-        "skip_taps": _at_least("--skip-conv", skip_conv, 0),
-        "conv_kernel": _at_least("--conv", conv, 0),
-        "beta_max": _one_of("--beta-range", beta_range, (1, 2)),
+        "mixer": _one_of("--mixer", settled["mixer"], MIXERS),
+        "state_heads": _one_of("--state-heads", settled["state_heads"], STATE_HEADS),
+        "skip_taps": _at_least("--skip-conv", settled["skip_conv"], 0),
+        "conv_kernel": _at_least("--conv", settled["conv"], 0),
+        "beta_max": _one_of("--beta-range", settled["beta_range"], (1, 2)),
     }
-    options["read_gate"], options["output_gate"] = GATES[_one_of("--gate", gate, tuple(GATES))]
-    return options
+    options["read_gate"], options["output_gate"] = GATES[_one_of("--gate", settled["gate"], tuple(GATES))]
+    return options | (FIELDS[compat] if compat else {})
 
 
 def run(arguments) -> None:

@@ -81,7 +81,8 @@ class Plan:
 
 
 def teacher_tensors(config: DeltaNetConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor a teacher with this configuration must have, in the model's order."""
+    """Name and shape of every tensor that a student with this configuration has from its teacher, in the model's
+    order. Of a teacher's own configuration, all that it has."""
     hidden, inner = config.hidden_size, config.intermediate_size
     width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
@@ -104,16 +105,25 @@ def teacher_tensors(config: DeltaNetConfig) -> dict[str, tuple[int, ...]]:
             if has_bias:
                 shapes[f"{prefix}.{name}.bias"] = shape[:1]
         for name, size in norms.items():
-            shapes[f"{prefix}.{name}.weight"] = (size,)
+            if f"{prefix}.{name}.weight" not in unused_norms(config):
+                shapes[f"{prefix}.{name}.weight"] = (size,)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
 
 
+def unused_norms(config: DeltaNetConfig) -> set[str]:
+    """Names of the teacher's q/k norms that the student's linear layers do without."""
+    if config.qk_norm == "none" or config.linear_qk_norm:
+        return set()
+    linear = [index for index, kind in enumerate(config.layer_types) if kind == LINEAR]
+    return {f"model.layers.{layer}.self_attn.{name}.weight" for layer in linear for name in ("q_norm", "k_norm")}
+
+
 def new_tensors(config: DeltaNetConfig, layer: int, dtype: torch.dtype) -> list[Move]:
-    """What a linear layer has and no teacher: beta one half, half-life 16 tokens, read gate 1, taps 0, identity
-    convolution, output gate 1, output bias 0."""
+    """What a linear layer has and no teacher: beta one half, half-life 16 tokens, read gate 1, taps 0, convolution
+    `first_tap` times the identity, output gate's projection 0, output bias 0."""
     hidden, heads, states = config.hidden_size, config.num_attention_heads, config.num_state_heads
     width, kv_width = heads * config.head_dim, config.num_key_value_heads * config.head_dim
     moves: list[Move] = []
@@ -122,11 +132,12 @@ def new_tensors(config: DeltaNetConfig, layer: int, dtype: torch.dtype) -> list[
         target = f"model.layers.{layer}.self_attn.{name}"
         moves.append(Move(target, shape, dtype, "new", None, fill, last_column))
 
-    def add_linear(name: str, rows: int, bias: float = 0.0) -> None:
+    def add_linear(name: str, rows: int, bias: float | None = 0.0) -> None:
         add(f"{name}.weight", (rows, hidden))
-        add(f"{name}.bias", (rows,), bias)
+        if bias is not None:
+            add(f"{name}.bias", (rows,), bias)
 
-    add_linear("b_proj", states)
+    add_linear("b_proj", states, 0.0 if config.beta_bias else None)
     if config.mixer == "gated_delta":
         add_linear("a_proj", states, PLAIN_DECAY_BIAS)
     if config.read_gate:
@@ -137,7 +148,7 @@ def new_tensors(config: DeltaNetConfig, layer: int, dtype: torch.dtype) -> list[
         add("o_proj.bias", (hidden,))
     if config.conv_kernel:
         for name, channels in (("q_conv", width), ("k_conv", kv_width), ("v_conv", kv_width)):
-            add(f"{name}.weight", (channels, config.conv_kernel), 0.0, 1.0)
+            add(f"{name}.weight", (channels, config.conv_kernel), 0.0, config.first_tap)
     if config.output_gate:
         add("g_proj.weight", (width, hidden))
     if config.head_norm:
@@ -145,8 +156,9 @@ def new_tensors(config: DeltaNetConfig, layer: int, dtype: torch.dtype) -> list[
     return moves
 
 
-def student_config(teacher: DeltaNetConfig, layout: Layout, **mixer) -> DeltaNetConfig:
+def student_config(teacher: DeltaNetConfig, layout: Layout, *, linear_rope: bool = True, **mixer) -> DeltaNetConfig:
     """The teacher's configuration with the layout's layers and the mixer's settings (fields of DeltaNetConfig).
+    Without `linear_rope` q and k of linear layers are not rotated.
 
     `exact_start` is on unless said otherwise, but not where nothing else scales what is read than the output
     projection, which would then scale the first token's value too.
@@ -156,6 +168,9 @@ def student_config(teacher: DeltaNetConfig, layout: Layout, **mixer) -> DeltaNet
         settings.pop(key, None)
     settings |= {"layer_types": list(layout.layer_types), "sliding_window": layout.window}
     settings["exact_start"] = bool(mixer.get("read_gate", True) or mixer.get("skip_taps", True))
+    if not linear_rope:
+        rotated = teacher.rope_layers or [True] * teacher.num_hidden_layers
+        settings["rope_layers"] = [was and kind != LINEAR for was, kind in zip(rotated, layout.layer_types)]
     settings |= mixer
     config = DeltaNetConfig(**settings)
     config.architectures = ["DeltaNetForCausalLM"]
@@ -204,11 +219,13 @@ def _check_names(checkpoint: Checkpoint, expected: dict, plan: Plan) -> None:
     missing = [name for name in expected if name not in checkpoint.entries]
     if missing:
         raise UserError(f"{checkpoint.folder}: {_some(missing)} missing, though config.json needs it")
-    extra = []
+    extra, unused = [], unused_norms(plan.config)
     for name in checkpoint.entries:
         if name in expected or name in plan.dropped:
             continue
-        if BUFFERS.fullmatch(name):
+        if name in unused:
+            plan.dropped[name] = "linear layers of this student have no q/k norm"
+        elif BUFFERS.fullmatch(name):
             plan.dropped[name] = "a buffer that is computed, not learnt"
         else:
             extra.append(name)

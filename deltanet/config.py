@@ -32,8 +32,12 @@ class DeltaNetConfig(PreTrainedConfig):
     read_gate: a scalar per head, linear in the input, multiplies what is read from the state.
     mixer_bias: the linear mixer's output projection has a bias.
     conv_kernel: a causal depthwise convolution over q, k and v, identity at the start; 0 switches it off.
-    output_gate: a sigmoid gate per channel on what is read, 1 at the start.
-    head_norm: an RMS norm per head on what the mixer reads, before the output projection.
+    qkv_activation: `silu` after the convolution (if any) on q, k and v of linear layers, else `none`.
+    linear_qk_norm: linear layers too have the norms of `qk_norm`.
+    beta_bias: the write strength's projection has a bias.
+    output_gate: a gate per channel on what is read; 1 at the start if it is a sigmoid.
+    gate_activation: of the output gate; `sigmoid` (times 2) or `silu`.
+    head_norm: an RMS norm per head on head_dim^-1/2 times what the mixer reads, before the output gate.
     exact_start: the first token of a document passes its own value, as softmax attention over one token does.
     format_version: layout of the checkpoint; a newer one than this code knows is refused.
     """
@@ -74,7 +78,11 @@ class DeltaNetConfig(PreTrainedConfig):
     read_gate: bool = True
     mixer_bias: bool = True
     conv_kernel: int = 0
+    qkv_activation: str = "none"
+    linear_qk_norm: bool = True
+    beta_bias: bool = True
     output_gate: bool = False
+    gate_activation: str = "sigmoid"
     head_norm: bool = False
     exact_start: bool = False
 
@@ -99,6 +107,8 @@ class DeltaNetConfig(PreTrainedConfig):
             ("mixer", MIXERS),
             ("state_heads", STATE_HEADS),
             ("qk_norm", ("none", "head")),
+            ("qkv_activation", ("none", "silu")),
+            ("gate_activation", ("sigmoid", "silu")),
             ("beta_max", (1, 2)),
         ):
             if getattr(self, field) not in allowed:
@@ -124,6 +134,12 @@ class DeltaNetConfig(PreTrainedConfig):
         for field in ("skip_taps", "conv_kernel"):
             if getattr(self, field) < 0:
                 raise UserError(f"config.{field} is {getattr(self, field)}; allowed: 0 (off) or more")
+
+    @property
+    def first_tap(self) -> float:
+        """The convolution's weight of the current token at the start. SiLU is nearly linear where its input is small,
+        and what follows it (the norms of q, k and of what is read) does not mind the scale."""
+        return 1.0 if self.qkv_activation == "none" else 0.1
 
     @property
     def num_state_heads(self) -> int:

@@ -66,16 +66,17 @@ class Neutral(nn.Linear):
 
 
 class Convolution(nn.Module):
-    """A causal depthwise convolution over tokens, the identity at the start; weight (channels, kernel)."""
+    """A causal depthwise convolution over tokens, `tap` times the identity at the start; weight (channels, kernel)."""
 
-    def __init__(self, channels: int, kernel: int):
+    def __init__(self, channels: int, kernel: int, tap: float = 1.0):
         super().__init__()
+        self.tap = tap
         self.weight = nn.Parameter(torch.empty(channels, kernel))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         identity = torch.zeros_like(self.weight)
-        identity[:, -1] = 1
+        identity[:, -1] = self.tap
         init.copy_(self.weight, identity)
 
     def forward(self, history: History, channels: slice) -> torch.Tensor:
@@ -95,10 +96,11 @@ class DeltaMixer(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, hidden, bias=config.o_bias or config.mixer_bias)
-        if config.qk_norm == "head":
+        self.norms_qk = config.qk_norm == "head" and config.linear_qk_norm
+        if self.norms_qk:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.b_proj = Neutral(hidden, state_heads)
+        self.b_proj = Neutral(hidden, state_heads, bias=config.beta_bias)
         if config.mixer == "gated_delta":
             self.a_proj = Neutral(hidden, state_heads, math.log(math.expm1(math.log(2) / PLAIN_HALF_LIFE)))
         if config.read_gate:
@@ -106,13 +108,14 @@ class DeltaMixer(nn.Module):
         if config.skip_taps:
             self.skip_proj = Neutral(hidden, self.num_heads * config.skip_taps)
         if config.conv_kernel:
-            self.q_conv = Convolution(width, config.conv_kernel)
-            self.k_conv = Convolution(kv_width, config.conv_kernel)
-            self.v_conv = Convolution(kv_width, config.conv_kernel)
+            self.q_conv = Convolution(width, config.conv_kernel, config.first_tap)
+            self.k_conv = Convolution(kv_width, config.conv_kernel, config.first_tap)
+            self.v_conv = Convolution(kv_width, config.conv_kernel, config.first_tap)
         if config.output_gate:
             self.g_proj = Neutral(hidden, width, bias=False)
         if config.head_norm:
-            self.head_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            # As if what is read came divided by the root of head_dim.
+            self.head_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps * self.head_dim)
         self.conv_reach = max(config.conv_kernel - 1, 0)
         self.skip_reach = max(config.skip_taps - 1, 0)
 
@@ -143,8 +146,10 @@ class DeltaMixer(nn.Module):
             q = self.q_conv(history, slice(0, first))
             k = self.k_conv(history, slice(first, second))
             v = self.v_conv(history, slice(second, None))
+        if self.config.qkv_activation == "silu":
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
         q, k, v = (y.view(*y.shape[:2], -1, self.head_dim) for y in (q, k, v))
-        if self.config.qk_norm == "head":
+        if self.norms_qk:
             q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
@@ -202,7 +207,8 @@ class DeltaMixer(nn.Module):
             o = self.head_norm(o)
         o = o.reshape(batch, tokens, -1)
         if self.config.output_gate:
-            o = o * (2 * torch.sigmoid(self.g_proj(x)))
+            gate = self.g_proj(x)
+            o = o * (F.silu(gate) if self.config.gate_activation == "silu" else 2 * torch.sigmoid(gate))
         return o
 
     def forward(

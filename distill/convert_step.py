@@ -46,7 +46,11 @@ def config_after(stage: Stage, config: DeltaNetConfig) -> DeltaNetConfig:
     types = tuple(LINEAR if kind == LINEAR else before[index] for index, kind in enumerate(plain))
     if list(types) == list(before):
         raise UserError(f"{where} makes no layer linear that is not so already")
-    return student_config(config, Layout(types, config.sliding_window))
+    turned = [rotated for rotated, kind in zip(config.rope_layers or (), before) if kind == LINEAR]
+    linear_rope = any(turned) or not turned
+    return student_config(
+        config, Layout(types, config.sliding_window), linear_rope=linear_rope, exact_start=config.exact_start
+    )
 
 
 def windows(corpus: Corpus, num_tokens: int) -> torch.Tensor:

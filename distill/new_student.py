@@ -49,7 +49,8 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
 
 def mixer_fields(wish: Mixer) -> dict:
     """The fields of DeltaNetConfig that a recipe's section of mixer options decides."""
-    return mixer_options(wish.mixer, wish.state_heads, wish.skip_conv, wish.conv, wish.gate, wish.beta_range)
+    options = (wish.mixer, wish.state_heads, wish.skip_conv, wish.conv, wish.gate, wish.beta_range)
+    return mixer_options(*options, compat=getattr(wish, "compat", None))
 
 
 def _tokenizer(wish: New):

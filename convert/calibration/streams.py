@@ -32,8 +32,9 @@ class Stream:
         """The batches of windows."""
         return self._rows(len(self.hidden))
 
-    def rotation(self, layer: int):
-        rotated = self.model.config.rope_layers
+    def rotation(self, layer: int, config=None):
+        """cos and sin for a layer, of another model if its `config` is given; None where it rotates nothing."""
+        rotated = (config or self.model.config).rope_layers
         return self.rotations if rotated is None or rotated[layer] else None
 
     def mixer_input(self, layer: int, rows: slice) -> torch.Tensor:
@@ -47,7 +48,9 @@ class Stream:
         hook = block.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
             out, _ = block.self_attn(
-                x, position_embeddings=self.rotation(layer), attention_mask=self._mask(block.layer_type, x)
+                x,
+                position_embeddings=self.rotation(layer, block.self_attn.config),
+                attention_mask=self._mask(block.layer_type, x),
             )
         finally:
             hook.remove()

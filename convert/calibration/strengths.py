@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from deltanet.mixer import DeltaMixer
 
@@ -22,6 +23,7 @@ HALF_LIFE, STRENGTH, STRENGTH_SLOPE, DECAY_SLOPE = range(4)
 """Columns of a candidate (Hs, 4): log2 of the half-life, logit of beta / beta_max, and the two slopes."""
 LEAST_GAIN = 1e-5
 DIRECTION_RIDGE = 0.1
+CONSTANT_RIDGE = 0.01
 NEAR, AHEAD = 4, 16
 """Attention to the NEAR last tokens says nothing about memory; the decay's target looks AHEAD tokens on."""
 
@@ -47,17 +49,21 @@ def fit_strengths(
     settings: Settings,
     attention_input: torch.Tensor | None = None,
     window: int | None = None,
+    attention=None,
+    attention_rotation=None,
 ) -> Found:
     """Sets b_proj and a_proj of `mixer` and says what it found.
 
     x (B, T, D) is the layer's input, context (B, T, HQ, d) what the teacher's attention made there, metric (HQ, d, d).
     attention_input (B, T, D) is the teacher's own input of the layer (x if None), window its sliding window.
+    attention is the teacher's layer with its rotation; None: what the mixer projects is what it projected.
     """
     search = _Search(mixer, x, rotation, context, metric)
     directions = None
     if settings.importance or settings.decay_slope:
         teacher_x = x if attention_input is None else attention_input
-        targets = attention_targets(mixer, teacher_x, rotation, window)
+        whose = (mixer, teacher_x, rotation) if attention is None else (attention, teacher_x, attention_rotation)
+        targets = attention_targets(*whose, window)
         directions = _directions(x, targets, search.num_states)
         search.along = [(x - directions.mean) @ weight.T for weight in directions.weights]
     gated = mixer.config.mixer == "gated_delta"
@@ -81,7 +87,7 @@ def fit_strengths(
                 candidate = start.clone()
                 candidate[:, column] += step * 0.5 ** max(sweep - 1, 0)
                 search.attempt(candidate)
-    _set_parameters(mixer, search.best, directions)
+    _set_parameters(mixer, search.best, directions, x)
     best = search.best.cpu()
     return Found(
         half_life=(2.0 ** best[:, HALF_LIFE]).tolist() if gated else [math.inf] * len(best),
@@ -162,15 +168,20 @@ def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
 
 
 def attention_targets(
-    mixer: DeltaMixer, x: torch.Tensor, rotation, window: int | None = None
+    attention, x: torch.Tensor, rotation, window: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, slice]:
     """Two logarithms per token and query head, (B, T', HQ), that are read off the attention over x, and which tokens.
 
     First how much attention a token's key draws from tokens at least NEAR later; second how much of the attention of
     the next AHEAD tokens goes past it, further back (the first token, where attention parks, left out).
     """
-    q, k, _, _ = mixer.project(x, rotation)
+    q, k = (y(x).unflatten(-1, (-1, attention.head_dim)) for y in (attention.q_proj, attention.k_proj))
+    if attention.config.qk_norm == "head":
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    if rotation is not None:
+        q, k = apply_rotary_pos_emb(q, k, *rotation, unsqueeze_dim=2)
     _, T, HQ, d = q.shape
+    group = HQ // k.shape[2]
     ones = torch.ones(T, T, dtype=torch.bool, device=x.device)
     seen = ones.tril() if window is None else ones.tril() & ones.triu(1 - window)
     ahead = (ones.tril() & ~ones.tril(-AHEAD)).to(x.dtype)
@@ -178,7 +189,7 @@ def attention_targets(
     kept = slice(min(8, T // 8), max(T - min(128, T // 4), T // 8 + 2))
     drawn, past = [], []
     for head in range(HQ):
-        logits = q[:, :, head] @ k[:, :, head // mixer.group].mT * d**-0.5
+        logits = q[:, :, head] @ k[:, :, head // group].mT * d**-0.5
         weights = torch.softmax(logits.masked_fill(~seen, -torch.inf), -1)
         drawn.append((weights * far).sum(1)[:, kept].clamp(min=1e-5).log())
         before = weights.cumsum(-1) - weights - weights[:, :, :1]
@@ -213,7 +224,7 @@ def _directions(x: torch.Tensor, targets, num_states: int) -> _Directions:
     return _Directions(x.reshape(-1, x.shape[-1]).mean(0), (weights[0], weights[1]))
 
 
-def _set_parameters(mixer: DeltaMixer, best: torch.Tensor, directions: _Directions | None) -> None:
+def _set_parameters(mixer: DeltaMixer, best: torch.Tensor, directions: _Directions | None, x: torch.Tensor) -> None:
     """Writes the candidate into b_proj and a_proj; a slope along (x - mean) moves its mean into the bias."""
     rows = [(mixer.b_proj, best[:, STRENGTH], best[:, STRENGTH_SLOPE], 0)]
     if mixer.config.mixer == "gated_delta":
@@ -221,7 +232,19 @@ def _set_parameters(mixer: DeltaMixer, best: torch.Tensor, directions: _Directio
         rows.append((mixer.a_proj, offset, best[:, DECAY_SLOPE], 1))
     for projection, offset, slope, which in rows:
         projection.weight.zero_()
-        projection.bias.copy_(offset)
         if directions is not None:
             projection.weight.copy_(slope[:, None] * directions.weights[which])
-            projection.bias.sub_(projection.weight @ directions.mean)
+            offset = offset - projection.weight @ directions.mean
+        if projection.bias is not None:
+            projection.bias.copy_(offset)
+        else:
+            projection.weight.add_(offset[:, None] * constant_direction(x))
+
+
+def constant_direction(x: torch.Tensor) -> torch.Tensor:
+    """(D,), the linear function of x (..., D) that is nearest to one on every token: a bias for a projection that has
+    none."""
+    inputs = x.reshape(-1, x.shape[-1])
+    gram = (inputs.T @ inputs).double()
+    gram.diagonal().add_(CONSTANT_RIDGE * gram.diagonal().mean())
+    return torch.linalg.solve(gram, inputs.sum(0).double()).to(x.dtype)

@@ -1,5 +1,5 @@
 """A student in the forms that other programs load. Twin tests: tests/convert/formats."""
 
-from .command import FORMATS, write_format
+from .command import FORMATS, REWRITTEN, check_format, write_format
 
-__all__ = ["FORMATS", "write_format"]
+__all__ = ["FORMATS", "REWRITTEN", "check_format", "write_format"]

@@ -17,29 +17,66 @@ from ..layouts import LINEAR, Layout
 from .files import CLOSENESS, EVALUATION, README, RECIPE, RECORD, REPORT
 from .licences import Licence, from_head
 
-LOAD = """```python
-import deltanet  # registers the architecture with transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(FOLDER)  # this folder, or its id on the Hub
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+_USE = """tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 
-Or `deltanet-generate FOLDER "Once upon a time"`. `deltanet-convert --verify FOLDER` compares every file with the
-sha256 in manifest.json and checks the tensors."""
+`deltanet-convert --verify FOLDER` compares every file with the sha256 in manifest.json and checks the tensors."""
+LOAD = {
+    "deltanet": f"""```python
+import deltanet  # registers the architecture with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)  # this folder, or its id on the Hub
+{_USE}
+
+Or `deltanet-generate FOLDER "Once upon a time"`.""",
+    "remote": f"""The code is in this folder; the `deltanet` package need not be installed.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# FOLDER is this folder, or its id on the Hub; on the Hub, pin the commit with revision=
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+{_USE.replace("FOLDER)", "FOLDER, trust_remote_code=True)", 1)}""",
+    "fla": f"""With flash-linear-attention 0.6.0 and a GPU (and flash-attn, where layers kept attention):
+
+```python
+import fla  # registers the architecture with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, device_map="cuda")  # this folder, or its id on the Hub
+{_USE.replace('return_tensors="pt")', 'return_tensors="pt").to("cuda")')}""",
+    "qwen3_5": f"""With transformers alone, from 5.17 on; it is the class of Qwen3.5 without its vision.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)  # this folder, or its id on the Hub
+{_USE}""",
+}
+"""How a folder is loaded, by its format."""
+NEEDS = {
+    "deltanet": "It needs the `deltanet` package; a reader without it does not know the architecture.",
+    "remote": "Its code is fixed at the version that wrote it, and runs without kernels.",
+    "fla": "It was written for flash-linear-attention 0.6.0; other versions were not tried.",
+    "qwen3_5": "Only transformers' class was compared with the student; other programs that serve it were not tried.",
+}
 
 
-def write_card(folder: Path) -> None:
+def write_card(folder: Path, config: DeltaNetConfig | None = None, form: str | None = None) -> None:
     """Writes `folder`/README.md. Raises UserError where what the folder holds makes no valid card."""
-    (folder / README).write_text(make_card(folder), encoding="utf-8")
+    (folder / README).write_text(make_card(folder, config, form), encoding="utf-8")
 
 
-def make_card(folder: Path) -> str:
+def make_card(folder: Path, config: DeltaNetConfig | None = None, form: str | None = None) -> str:
+    """The text. `config` is the student's and `form` the folder's format, where config.json does not say them."""
     from .verify import check_card
 
-    config = DeltaNetConfig.from_dict(_json(folder / "config.json"))
+    raw = _json(folder / "config.json")
+    config = config or DeltaNetConfig.from_dict(raw)
+    form = form or ("remote" if raw.get("auto_map") else "deltanet")
     record, report = _json(folder / RECORD), _json(folder / REPORT)
     closeness, tasks = _json(folder / CLOSENESS), _json(folder / EVALUATION).get("tasks") or {}
     recipe = (folder / RECIPE).read_text(encoding="utf-8") if (folder / RECIPE).is_file() else ""
@@ -56,9 +93,9 @@ def make_card(folder: Path) -> str:
         "## Measured",
         _measured(closeness, report, tasks),
         "## How to load it",
-        LOAD,
+        LOAD[form],
         "## Limits",
-        _limits(config, bool(report)),
+        _limits(config, bool(report), form),
         "## Licence",
         _licence(licence),
     ]
@@ -204,17 +241,18 @@ def _task_table(tasks: dict) -> str:
     return "\n".join(lines)
 
 
-def _limits(config: DeltaNetConfig, trained: bool) -> str:
+def _limits(config: DeltaNetConfig, trained: bool, form: str) -> str:
     lines = [
         "What is not in the tables above was not measured; nobody has looked at its safety.",
         "The model inherits what its source gets wrong, and its biases.",
-        "It needs the `deltanet` package; a reader without it does not know the architecture.",
+        NEEDS[form],
     ]
     if LINEAR in config.layer_types:
-        lines += [
-            "A state of fixed size forgets: exact recall over long distances is weaker than with attention everywhere.",
-            "Assisted generation needs transformers 5.24 or newer, and sequences without padding.",
-        ]
+        lines.append(
+            "A state of fixed size forgets: exact recall over long distances is weaker than with attention everywhere."
+        )
+    if LINEAR in config.layer_types and form in ("deltanet", "remote"):
+        lines.append("Assisted generation needs transformers 5.24 or newer, and sequences without padding.")
     if not trained:
         lines.append("It is a start for distillation; no gradient step has been made.")
     return "\n".join(f"- {line}" for line in lines)

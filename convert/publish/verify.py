@@ -8,6 +8,7 @@ nothing is unpickled. Twin: tests/convert/publish/test_verify.py; damage of ever
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -18,6 +19,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..command import load_tokenizer
 from ..execute import PIECE, refuse_nonfinite
 from ..families import read_config, teacher_config
+from ..formats import REWRITTEN
 from ..layouts import LINEAR
 from ..plan import READABLE, new_tensors, teacher_tensors
 from .files import README
@@ -52,12 +54,13 @@ class Verified:
         return self
 
     def describe(self) -> str:
+        tried = "; it loads and generates" if self.text is not None else ""
         lines = [
             f"verified {self.folder}: {self.num_files} files by sha256; {self.num_tensors} tensors "
-            f"({self.num_bytes:,} bytes) finite and as config.json says; it loads and generates"
+            f"({self.num_bytes:,} bytes) finite and as config.json says{tried}"
         ]
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, f"writes   {self.text}"])
+        return "\n".join([*lines, f"writes   {self.text}"] if tried else lines)
 
 
 def verify(folder: str | Path) -> Verified:
@@ -67,9 +70,9 @@ def verify(folder: str | Path) -> Verified:
     found = Verified(folder, damage(folder))
     if not found.problems:
         found.num_files = len(read_manifest(folder))
-    config = _config(folder, raw, found)
+    config, expected = _config(folder, raw, found)
     if config is not None:
-        _tensors(folder, config, found)
+        _tensors(folder, config, expected, found)
         _tokenizer(folder, config, found)
     _card(folder, found)
     if not found.problems:
@@ -77,19 +80,27 @@ def verify(folder: str | Path) -> Verified:
     return found
 
 
-def _config(folder: Path, raw: dict, found: Verified) -> DeltaNetConfig | None:
+def _config(folder: Path, raw: dict, found: Verified) -> tuple[DeltaNetConfig | SimpleNamespace | None, dict]:
+    """The configuration, and name and shape of every tensor that it makes."""
     try:
-        if raw.get("model_type") == DeltaNetConfig.model_type:
-            return DeltaNetConfig.from_pretrained(folder)
-        return teacher_config(folder)
+        for form in REWRITTEN.values():
+            if raw.get("model_type") in form.MODEL_TYPES:
+                return SimpleNamespace(**raw | {"dtype": getattr(torch, raw["dtype"])}), form.shapes(raw)
+        is_student = raw.get("model_type") == DeltaNetConfig.model_type
+        config = DeltaNetConfig.from_pretrained(folder) if is_student else teacher_config(folder)
+        expected = teacher_tensors(config)
+        for layer, kind in enumerate(config.layer_types):
+            if kind == LINEAR:
+                expected |= {move.target: move.shape for move in new_tensors(config, layer, torch.float32)}
+        return config, expected
     except UserError as error:
         found.problems.append(str(error))
     except Exception as error:  # transformers' validators raise many kinds; all of them mean a bad file
         found.problems.append(f"config.json: {_first_line(error)}")
-    return None
+    return None, {}
 
 
-def _tensors(folder: Path, config: DeltaNetConfig, found: Verified) -> None:
+def _tensors(folder: Path, config: DeltaNetConfig | SimpleNamespace, expected: dict, found: Verified) -> None:
     try:
         checkpoint = open_checkpoint(folder)
     except UserError as error:
@@ -97,10 +108,6 @@ def _tensors(folder: Path, config: DeltaNetConfig, found: Verified) -> None:
         return
     # Whatever a source is forgiven (a stray file, a wrong total_size) is a fault in what we wrote.
     found.problems += checkpoint.notes
-    expected = teacher_tensors(config)
-    for layer, kind in enumerate(config.layer_types):
-        if kind == LINEAR:
-            expected |= {move.target: move.shape for move in new_tensors(config, layer, torch.float32)}
     for name, shape in expected.items():
         entry = checkpoint.entries.get(name)
         if entry is None:
@@ -132,7 +139,7 @@ def _finite(checkpoint: Checkpoint, name: str, found: Verified) -> None:
         found.problems.append(str(error))
 
 
-def _dtypes(checkpoint: Checkpoint, config: DeltaNetConfig, found: Verified) -> None:
+def _dtypes(checkpoint: Checkpoint, config: DeltaNetConfig | SimpleNamespace, found: Verified) -> None:
     sizes: dict[torch.dtype, int] = {}
     for entry in checkpoint.entries.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.num_bytes // entry.dtype.itemsize
@@ -152,7 +159,7 @@ def _format(checkpoint: Checkpoint, found: Verified) -> None:
                 found.problems.append(f"{path.name}: its metadata lacks format: pt")
 
 
-def _tokenizer(folder: Path, config: DeltaNetConfig, found: Verified) -> None:
+def _tokenizer(folder: Path, config: DeltaNetConfig | SimpleNamespace, found: Verified) -> None:
     try:
         tokenizer = load_tokenizer(folder)
     except UserError as error:
@@ -202,18 +209,16 @@ def check_card(text: str, where: str) -> None:
 
 @torch.no_grad()
 def _use(folder: Path, raw: dict, found: Verified) -> None:
-    """Loads as a reader does, strictly, and continues a prompt greedily."""
+    """Loads as a reader does, strictly, and continues a prompt greedily. What only runs elsewhere is not tried."""
+    if raw.get("model_type") in REWRITTEN["fla"].MODEL_TYPES:
+        found.notes.append("not loaded, which takes flash-linear-attention and a GPU")
+        return
     from transformers.utils import logging
-
-    from deltanet import load_student
-
-    from ..loading import load_teacher
 
     logging.disable_progress_bar()
 
     try:
-        is_student = raw.get("model_type") == DeltaNetConfig.model_type
-        model = load_student(folder) if is_student else load_teacher(folder)
+        model = _reader(raw)(folder)
         tokenizer = load_tokenizer(folder)
         ids = torch.tensor([tokenizer(PROMPT)["input_ids"] if tokenizer else [1]])
         if not model(ids).logits.isfinite().all():
@@ -222,6 +227,19 @@ def _use(folder: Path, raw: dict, found: Verified) -> None:
         found.text = tokenizer.decode(out[0]) if tokenizer else str(out[0].tolist())
     except Exception as error:  # whatever goes wrong here, the folder cannot be used
         found.problems.append(f"does not load and generate: {_first_line(error)}")
+
+
+def _reader(raw: dict):
+    """What loads a checkpoint folder of this config.json."""
+    from transformers import AutoModelForCausalLM
+
+    from deltanet import load_student
+
+    from ..loading import load_teacher
+
+    if raw.get("model_type") in REWRITTEN["qwen3_5"].MODEL_TYPES:
+        return lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    return load_student if raw.get("model_type") == DeltaNetConfig.model_type else load_teacher
 
 
 def _first_line(error: Exception) -> str:

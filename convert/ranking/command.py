@@ -28,12 +28,13 @@ def rank(
     output: str | Path,
     method: str,
     *,
-    mixer: str = "gated_delta",
-    state_heads: str = "expanded",
-    skip_conv: int = 4,
-    conv: int = 0,
-    gate: str = "read",
-    beta_range: int = 1,
+    mixer: str | None = None,
+    state_heads: str | None = None,
+    skip_conv: int | None = None,
+    conv: int | None = None,
+    gate: str | None = None,
+    beta_range: int | None = None,
+    compat: str | None = None,
     calibrate: Sequence[str] = ("self",),
     held_out: str | None = None,
     overwrite: bool = False,
@@ -59,7 +60,7 @@ def rank(
 
     name, _ = parse_method(method)
     where = pick_device(device)
-    options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range)
+    options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range, compat)
     out = check_target(Path(output), overwrite)
     if "none" in calibrate:
         raise UserError(f"--calibrate none: --rank {method} needs text; give files, or self")

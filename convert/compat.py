@@ -1,0 +1,52 @@
+"""`--compat NAME`: what a student must be so that it can be written in another program's format, exactly.
+
+Both formats apply SiLU after a short convolution, norm what is read per head, and have neither biases in linear layers
+nor RoPE there. What of these the command line does not offer is set as fields of DeltaNetConfig. The formats themselves
+are in `formats/`. Twin: tests/convert/test_compat.py.
+"""
+
+from deltanet.errors import UserError, nearest
+
+DEFAULTS = {
+    "mixer": "gated_delta",
+    "state_heads": "expanded",
+    "skip_conv": 4,
+    "conv": 0,
+    "gate": "read",
+    "beta_range": 1,
+}
+"""Of the options of a mixer, where neither the user nor --compat says otherwise."""
+NEEDED = {
+    "fla": {"state_heads": "expanded", "skip_conv": 0, "gate": "none"},
+    "qwen3_5": {"mixer": "gated_delta", "state_heads": "expanded", "skip_conv": 0, "gate": "output", "beta_range": 1},
+}
+"""Options that have no other value in the format."""
+SUGGESTED = {"fla": {"conv": 4}, "qwen3_5": {"conv": 4}}
+_BOTH = {
+    "linear_rope": False,
+    "qkv_activation": "silu",
+    "linear_qk_norm": False,
+    "beta_bias": False,
+    "mixer_bias": False,
+    "head_norm": True,
+    "exact_start": False,
+}
+FIELDS = {"fla": _BOTH, "qwen3_5": _BOTH | {"gate_activation": "silu"}}
+"""Arguments of `plan.student_config` beside the options."""
+
+
+def resolve(compat: str | None, given: dict[str, object]) -> dict[str, object]:
+    """The options of a mixer, None where the user gave none, with every value filled in. Raises UserError for a name
+    of --compat that does not exist and for an option that it cannot be joined with."""
+    if compat is None:
+        return {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
+    if compat not in NEEDED:
+        raise UserError(f"--compat {compat}: allowed are {', '.join(NEEDED)}{nearest(compat, list(NEEDED))}")
+    for name, needed in NEEDED[compat].items():
+        if given[name] not in (None, needed):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} {given[name]}: --compat {compat} needs {option} {needed}; leave one of them out")
+    if compat == "qwen3_5" and given["conv"] is not None and given["conv"] < 1:
+        raise UserError(f"--conv {given['conv']}: --compat qwen3_5 needs a convolution of 1 token or more")
+    settled = DEFAULTS | SUGGESTED[compat] | NEEDED[compat]
+    return {name: settled[name] if value is None else value for name, value in given.items()}
