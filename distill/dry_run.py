@@ -19,7 +19,7 @@ from deltanet.errors import UserError
 
 from .convert_step import config_after
 from .evaluation.selection import select
-from .export import check_push
+from .export import check_formats, check_push
 from .first_student import check_planned, check_there, planned
 from .logit_cache import bytes_a_target, check_top_k
 from .new_student import plan_new
@@ -47,6 +47,7 @@ def describe(recipe: Recipe, cache: Path) -> str:
             if tokenizer is None:
                 raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
             config = _student(recipe, teacher)
+        check_formats(recipe.export.formats, config, recipe.stages)
         if recipe.student.model and Path(recipe.student.model).is_dir():
             check_tokenizer(Path(recipe.student.model), tokenizer)
         stop = (teacher or config).eos_token_id

@@ -6,21 +6,27 @@ It appears whole or not at all, and is loaded once, strictly, before it counts. 
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from convert.formats import check_format, write_format
 from convert.publish.card import write_card
 from convert.publish.files import CLOSENESS, RECIPE, RECORD, REPORT
 from convert.publish.manifest import seal
 from convert.publish.push import check_repository, require_token
 from convert.sources import COMPANIONS
 from convert.staging import Staging
-from deltanet import load_student
+from deltanet import DeltaNetConfig, load_student
 from deltanet.errors import UserError
 
+from .convert_step import config_after
+from .schema import Stage
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OWN = "deltanet"
+"""The format of the export itself."""
 INHERITED = (RECORD, CLOSENESS, "closeness.md", "ranking.json")
 """What a conversion wrote about itself."""
 
@@ -74,6 +80,25 @@ def add_reports(out: Path, reports: Iterable[Path]) -> None:
         shutil.copyfile(path, out / path.name)
     write_card(out)
     seal(out)
+
+
+def check_formats(formats: Sequence[str], config: DeltaNetConfig, stages: Sequence[Stage]) -> None:
+    """Raises UserError, before anything is trained, where the student that leaves the stages cannot be written in one
+    of `export.formats`."""
+    for stage in stages:
+        config = config_after(stage, config)
+    for name in formats:
+        if name != OWN:
+            check_format(name, config, "export.formats:")
+
+
+def write_formats(out: Path, formats: Sequence[str], max_shard_size: str) -> list[Path]:
+    """Writes the finished export `out` in every other format beside it, as export-FORMAT, and returns the folders."""
+    others = [name for name in formats if name != OWN]
+    return [
+        write_format(out, out.with_name(f"{out.name}-{name}"), name, overwrite=True, max_shard_size=max_shard_size)
+        for name in others
+    ]
 
 
 def check_push(repository: str | None) -> None:

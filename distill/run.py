@@ -30,6 +30,7 @@ import transformers
 from safetensors import SafetensorError
 
 from convert.command import load_tokenizer
+from convert.families import teacher_config
 from convert.loading import load_teacher
 from convert.publish.push import push
 from convert.sources import open_source
@@ -46,8 +47,8 @@ from .evaluation.evaluate import check_contexts
 from .evaluation.markdown import short
 from .evaluation.selection import select
 from .evaluation.subject import Subject
-from .export import add_reports, check_push, export
-from .first_student import first_student
+from .export import add_reports, check_formats, check_push, export, write_formats
+from .first_student import first_student, planned
 from .interrupts import Interrupts
 from .logit_cache import LogitCache, check_top_k, write_cache
 from .loop import Job, Rim, positions_of, train
@@ -141,7 +142,10 @@ class _Run:
         self.tasks = once(self.world, lambda: select(self.recipe.evaluation.tasks, "evaluation.tasks"))
         self.tasks += trained_tasks(self.recipe.data.sources)
         commit = once(self.world, lambda: self._find_commit(resume))
+        if self.recipe.student.convert is not None:
+            once(self.world, lambda: self._check_formats(planned(self.recipe, teacher_config(self.teacher_folder))))
         self.start = once(self.world, lambda: first_student(self.recipe, self.folder, self.teacher_folder, _say))
+        once(self.world, lambda: self._check_formats(DeltaNetConfig.from_pretrained(self.start)))
         once(self.world, self._check_steps)
         tokenizer = load_tokenizer(self.teacher_folder or self.start)
         if tokenizer is None:
@@ -457,12 +461,17 @@ class _Run:
                 )
                 add_reports(out, [page.with_suffix(".json"), page.with_suffix(".md")])
                 print(f"\n{short(found)}\n\npage     {page}")
+            for other in write_formats(out, options.formats, options.max_shard_size):
+                print(f"export   {other}")
             return facts
 
         facts = once_with(teacher, self.world, finish)
         if self.recipe.export.push is not None and self.world.is_main:
             print(f"pushed   {push(self.folder / 'export', self.recipe.export.push)}")
         return facts
+
+    def _check_formats(self, config: DeltaNetConfig) -> None:
+        check_formats(self.recipe.export.formats, config, self.recipe.stages)
 
     def _subject(self, teacher: DeltaNetForCausalLM | None) -> Subject | None:
         if teacher is None:

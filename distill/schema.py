@@ -6,7 +6,11 @@ them. Rules that join several keys are in `recipe.py`. Twin: tests/distill/test_
 
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from convert.compat import DEFAULTS as MIXER_DEFAULTS
+from convert.compat import resolve
+from deltanet.errors import UserError
 
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Field(strict=False)]
@@ -57,11 +61,25 @@ class Mixer(Section):
 class Convert(Mixer):
     """The options of deltanet-convert, by the same names and with the same defaults."""
 
+    compat: Literal["fla", "qwen3_5"] | None = Field(
+        None, description="make a student that export.formats can write in this format; sets mixer options"
+    )
     dtype: Dtype = "auto"
     max_shard_size: str = "5GB"
     calibrate: Names = Field(("self",), description="text files, self (the teacher writes) or none (plain copy)")
     held_out: str | None = None
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle(cls, given: object) -> object:
+        """Options of the mixer that are not given are as `compat` needs them."""
+        if not isinstance(given, dict) or given.get("compat") is None:
+            return given
+        try:
+            return given | resolve(given["compat"], {name: given.get(name) for name in MIXER_DEFAULTS})
+        except UserError as error:
+            raise ValueError(str(error)) from None
 
 
 class New(Mixer):
@@ -251,7 +269,12 @@ class Evaluation(Section):
 class Export(Section):
     dtype: Dtype = Field("auto", description="auto is the student's own")
     max_shard_size: str = "5GB"
-    push: str | None = Field(None, description="Hub repository (user/name) to send it to; made private if missing")
+    formats: Many[Literal["deltanet", "remote", "fla", "qwen3_5"]] = Field(
+        ("deltanet",), description="export, which is always written, and further folders, named export-FORMAT"
+    )
+    push: str | None = Field(
+        None, description="Hub repository (user/name) to send `export` to; made private if missing"
+    )
 
 
 class Recipe(Section):

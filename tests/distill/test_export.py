@@ -13,7 +13,9 @@ from convert import convert
 from convert.publish.manifest import damage
 from convert.publish.verify import verify
 from deltanet.errors import UserError
+from distill.dry_run import describe
 from distill.export import add_reports, check_push, export
+from distill.recipe import load_recipe
 from distill.run import distil
 
 __all__ = ["hub"]
@@ -112,3 +114,40 @@ def test_a_recipe_whose_push_cannot_work_trains_nothing(hub, tmp_path, monkeypat
     with pytest.raises(UserError, match="no token for the Hub"):
         distil(recipe, ["export.push=tester/small"], output=tmp_path / "run")
     assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_run_writes_every_format_that_the_recipe_names_beside_its_export(tmp_path, capfd):
+    teacher = write_teacher(tmp_path / "teacher")
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        teacher,
+        stages=[{"kind": "distil", "steps": 2}],
+        student__convert={"hybrid": "layers:1", "calibrate": "none", "compat": "fla"},
+        export__formats=["deltanet", "remote", "fla"],
+    )
+    distil(recipe, [], output=tmp_path / "run")
+    said = capfd.readouterr().out
+    for name, loads in (("remote", "trust_remote_code=True"), ("fla", "import fla")):
+        out = tmp_path / "run" / f"export-{name}"
+        assert verify(out).problems == []
+        assert loads in (out / "README.md").read_text()
+        assert f"export   {out}" in said
+    assert "import deltanet" in (tmp_path / "run" / "export" / "README.md").read_text()
+
+
+def test_a_format_that_the_student_cannot_have_is_refused_before_it_is_made(tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", write_teacher(tmp_path / "teacher"), export__formats=["fla"])
+    refused = r"export\.formats: fla: the format cannot express .*skip_taps 4"
+    with pytest.raises(UserError, match=refused):
+        describe(load_recipe(recipe), tmp_path / "cache")
+    with pytest.raises(UserError, match=refused):
+        distil(recipe, [], output=tmp_path / "run")
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_mixer_option_against_compat_is_refused_in_a_recipe_too(tmp_path):
+    mixer = {"hybrid": "none", "compat": "fla", "gate": "read"}
+    recipe = write_recipe(tmp_path / "r.yaml", write_teacher(tmp_path / "teacher"), student__convert=mixer)
+    with pytest.raises(UserError, match="--compat fla needs --gate none"):
+        load_recipe(recipe)
+    assert load_recipe(recipe, ["student.convert.gate=none"]).student.convert.skip_conv == 0
