@@ -44,7 +44,6 @@ def _installed(package: str) -> str | None:
 def _of_source() -> str:
     """What pyproject.toml beside this file says, where the project runs from its folder."""
     import tomllib
-    from pathlib import Path
 
     try:
         project = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -297,14 +298,18 @@ def use_fla() -> None:
     deltanet.mixer.delta_rule = rule
 
 
-def launch(tasks: list[dict], gpus: int, log: Path) -> list[dict]:
-    """The results of the tasks, in order, up to the first that failed."""
+def launch(tasks: list[dict], gpus: int, log: Path) -> Iterator[dict]:
+    """The results of the tasks, in order and as they come, up to the first that failed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus), "--master-port"]
     command += [str(29500 + os.getpid() % 400), "-m", "benchmarks.scaling", "--worker", json.dumps(tasks)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    with log.open("a") as file:
-        file.write(f"\n== {gpus} GPU, {tasks}\n{done.stdout}\n{done.stderr}\n")
-    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    with log.open("a", buffering=1) as file:
+        file.write(f"\n== {gpus} GPU, {tasks}\n")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as process:
+            for line in process.stdout:
+                if line.startswith("RESULT "):
+                    yield json.loads(line[7:])
+                else:
+                    file.write(line)
 
 
 def show(found: dict) -> None:
@@ -388,15 +393,16 @@ def main() -> None:
         if arguments.peer and gpus == 1:
             left.append(left[0] | {"kernels": "fla"})  # last, since the kernels stay in the process
         while left:
-            found = launch(left, gpus, arguments.out / "log")
-            for result in found:
+            finished = 0
+            for result in launch(left, gpus, arguments.out / "log"):
+                finished += 1
                 results[name(result)] = result
+                (arguments.out / "scaling.json").write_text(json.dumps(list(results.values()), indent=1))
                 if result["batch"] == result["micro"] * gpus:
                     show(result)
-            (arguments.out / "scaling.json").write_text(json.dumps(list(results.values()), indent=1))
-            if len(found) < len(left):
-                print(f"{label(left[len(found)])}: failed, see {arguments.out / 'log'}", flush=True)
-            left = left[len(found) + 1 :]
+            if finished < len(left):
+                print(f"{label(left[finished])}: failed, see {arguments.out / 'log'}", flush=True)
+            left = left[finished + 1 :]
     for task in (speed + same) * (len(counts) > 1):
         pair = [results.get(name(task | {"gpus": gpus})) for gpus in counts]
         if not all(pair):

@@ -15,19 +15,17 @@ are the same thing. Twins: tests/distill/test_run.py, tests/fault/test_kill.py.
 """
 
 import contextlib
-import errno
 import functools
 import gc
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from convert.command import load_tokenizer
 from convert.families import teacher_config
@@ -35,31 +33,29 @@ from convert.loading import load_teacher
 from convert.publish.push import push
 from convert.sources import open_source
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
-from deltanet.errors import DeltanetError, UserError
+from deltanet.errors import UserError
 
 from . import lora
 from .commit import Commit, drop_newer, locked, write_commit
 from .convert_step import Untrained, config_after, convert_more, windows
 from .engine import Engine, EngineSettings
 from .evaluate import compare, mean_parts
-from .evaluation.at_end import evaluate_export
 from .evaluation.evaluate import check_contexts
-from .evaluation.markdown import short
 from .evaluation.selection import select
-from .evaluation.subject import Subject
-from .export import add_reports, check_formats, check_push, export, write_formats
+from .export import check_formats, check_push
 from .first_student import first_student, planned
 from .interrupts import Interrupts
 from .logit_cache import LogitCache, check_top_k, write_cache
 from .loop import Job, Rim, positions_of, train
-from .metrics import MetricsLog, Pulse, read_metrics, trackers
+from .metrics import MetricsLog, Pulse, trackers
+from .no_room import telling_of_no_room
 from .onpolicy import Completions
 from .preferences import keep_reference
 from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
-from .recipe import load_recipe, show
+from .recipe import load_recipe
 from .recipe_rules import is_sharded, uses_cache
 from .records import check_recipe_unchanged, checkpoint_digests, write_records
-from .report import sample, write_report
+from .results import write_results
 from .resume import COMMITS, find_commit, run_folder
 from .schema import Recipe, Source
 from .sharded import frozen_student, frozen_teacher, once_with, partition, student_to_part
@@ -69,9 +65,6 @@ from .task_sources import check_tasks, trained_tasks
 from .teacher_text import written_source
 from .trainable import parameter_groups, trained_names
 from .world import World, ending_together, once, start_world
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-NOTHING_LOST = "its commits are untouched, and the same command goes on once there is room"
 
 
 def distil(
@@ -97,26 +90,9 @@ def distil(
         if recipe.teacher is not None:
             teacher = stack.enter_context(open_source(recipe.teacher.model, recipe.teacher.revision)).folder
         once(world, lambda: stack.enter_context(locked(folder)))
-        stack.enter_context(_telling_of_no_room(folder))
+        stack.enter_context(telling_of_no_room(folder))
         stack.enter_context(interrupts.at_once())
         return _Run(recipe, folder, teacher, world, interrupts).everything(resume)
-
-
-@contextlib.contextmanager
-def _telling_of_no_room(folder: Path) -> Iterator[None]:
-    """Turns the error of a disk that takes no more into one that says what is left to do."""
-    try:
-        yield
-    except OSError as error:
-        where = str(error.filename or "")
-        if error.errno not in NO_ROOM or (where and not where.startswith(str(folder))):
-            raise
-        why = f"{where}: {error.strerror}" if where else error.strerror
-        raise DeltanetError(f"{folder}: cannot be written: {why}; {NOTHING_LOST}") from error
-    except SafetensorError as error:
-        if not str(error).startswith("Error while serializing"):
-            raise
-        raise DeltanetError(f"{folder}: cannot be written: {error}; {NOTHING_LOST}") from error
 
 
 class _Run:
@@ -419,65 +395,33 @@ class _Run:
         return self._load_teacher() if self.teacher is None and self.teacher_folder is not None else self.teacher
 
     def _finish(self, commit: Commit, results: list[dict]) -> dict:
-        """Export, samples of text and the report, by rank 0."""
+        """Export, samples of text, the report and the page, by rank 0."""
         teacher = self._recalled_teacher()
-
-        def finish() -> dict:
-            prompt = self.recipe.evaluation.prompt
-            student = load_student(commit.folder / STUDENT, dtype=torch.float32, device=self.world.device)
-            writers = {"teacher": teacher, "student": student}
-            has_text = any(source.task is None for source in self.recipe.data.sources)
-            samples = {
-                who: sample(model, self.tokenizer, prompt)
-                for who, model in writers.items()
-                if has_text and model is not None
-            }
-            out = self.folder / "export"
-            options = self.recipe.export
-            facts = {
-                "results": results,
-                "samples": samples,
-                "parameters": sum(parameter.numel() for parameter in student.parameters()),
-                "tokens": sum(plan.num_tokens for plan in self.plans),
-                "held_out_tokens": sum(sequence.num_tokens for sequence in self.held_out),
-                "export": str(out),
-            }
-            export(
-                commit.folder / STUDENT,
-                self.start,
-                out,
-                dtype=options.dtype,
-                max_shard_size=options.max_shard_size,
-                recipe=show(self.recipe),
-                report=facts,
-            )
-            print(write_report(self.folder, facts, read_metrics(self.log.path)))
-            print(f"\nexport   {out}")
-            evaluation = self.recipe.evaluation
-            if self.tasks or evaluation.contexts:
-                text = self.held_out if has_text else ()
-                page, found = evaluate_export(
-                    out, self._subject(teacher), self.world.device, text, evaluation, self.tasks, self.folder
-                )
-                add_reports(out, [page.with_suffix(".json"), page.with_suffix(".md")])
-                print(f"\n{short(found)}\n\npage     {page}")
-            for other in write_formats(out, options.formats, options.max_shard_size):
-                print(f"export   {other}")
-            return facts
-
-        facts = once_with(teacher, self.world, finish)
+        facts = {
+            "results": results,
+            "tokens": sum(plan.num_tokens for plan in self.plans),
+            "held_out_tokens": sum(sequence.num_tokens for sequence in self.held_out),
+        }
+        write = functools.partial(
+            write_results,
+            self.recipe,
+            self.folder,
+            student=commit.folder / STUDENT,
+            companions=self.start,
+            teacher=teacher,
+            tokenizer=self.tokenizer,
+            held_out=self.held_out,
+            tasks=self.tasks,
+            device=self.world.device,
+            facts=facts,
+        )
+        facts = once_with(teacher, self.world, write)
         if self.recipe.export.push is not None and self.world.is_main:
             print(f"pushed   {push(self.folder / 'export', self.recipe.export.push)}")
         return facts
 
     def _check_formats(self, config: DeltaNetConfig) -> None:
         check_formats(self.recipe.export.formats, config, self.recipe.stages)
-
-    def _subject(self, teacher: DeltaNetForCausalLM | None) -> Subject | None:
-        if teacher is None:
-            return None
-        device, dtype, longest = teacher.device, teacher.dtype, teacher.config.max_position_embeddings
-        return Subject(self.recipe.teacher.model, teacher, self.tokenizer, device, dtype, longest)
 
 
 def _say(text: str) -> None:

@@ -24,7 +24,7 @@ LONG = [
     ("distill.run", "compare", signal.SIGTERM),
     ("distill.run", "Engine", signal.SIGINT),
     ("distill.run", "convert_more", signal.SIGTERM),
-    ("distill.run", "sample", signal.SIGINT),
+    ("distill.results", "sample", signal.SIGINT),
     ("distill.export", "write_card", signal.SIGTERM),
     ("distill.evaluation.at_end", "measure", signal.SIGTERM),
 ]
