@@ -144,10 +144,12 @@ class Engine:
         if settings.zero_stage in (1, 2):
             groups = _aligned(groups, fillers, world.device)
             module.register_module("fillers", fillers)  # DeepSpeed trains what the module has, and looks only now
+        # fused: torch's other ways make temporaries as large as all parameters, several at a time, on a GPU.
+        options = {"betas": settings.betas, "eps": settings.eps, "fused": True}
         if settings.zero_stage:
-            optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
+            optimizer = torch.optim.AdamW(groups, **options)
         else:
-            optimizer = _GuardedAdamW(groups, settings.gradient_clipping, betas=settings.betas, eps=settings.eps)
+            optimizer = _GuardedAdamW(groups, settings.gradient_clipping, **options)
         if source is None and settings.casts_parameters:
             source = self.masters_of(module).__getitem__
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
@@ -266,7 +268,8 @@ class Engine:
         if held is None:
             held = [p for group in inner.param_groups for p in group["params"]]
         for p in held:
-            inner.state[p] = {"step": torch.tensor(float(steps))} | {key: torch.zeros_like(p.data) for key in MOMENTS}
+            step = torch.tensor(float(steps), device=p.device)
+            inner.state[p] = {"step": step} | {key: torch.zeros_like(p.data) for key in MOMENTS}
         self._link_moments()
         for name, parameter in self.names.items():
             for key in MOMENTS:
