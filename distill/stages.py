@@ -25,6 +25,9 @@ from .schema import WITHOUT_TEACHER, Stage
 
 PREFIX = "student."
 """What a stage module puts before the student's own parameter names."""
+RECOMPILATIONS = 64
+"""All layers run one code, of which torch keeps 8 compiled forms and then gives up. They differ by kind of layer, with
+and without gradients, with one document in a row or several: 8 of a decoder layer, more of some functions inside."""
 MEASURES = (Term("ce"), Term("forward_kl"))
 _MIXER_LOSSES = {
     "mixer_l2": hidden_losses.l2,
@@ -224,6 +227,8 @@ def compile_layers(module: Align | Whole, **options) -> None:
     else:
         models = [model for model in (module.student, module._teacher[0]) if model is not None]
         layers = [layer for model in models for layer in model.model.layers]
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILATIONS)
     for layer in layers:
         layer.compile(**options)
 

@@ -179,3 +179,15 @@ def test_compiled_layers_compute_the_same():
         made.append(found)
     for mine, its in zip(*made, strict=True):
         torch.testing.assert_close(its, mine)
+
+
+def test_rows_of_other_documents_never_exhaust_the_compiler():
+    teacher, student = pair()
+    module = Whole(student, teacher, stage("distil"))
+    compile_layers(module, backend="eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for count in (1, 3, 2, 7, 20, 5, 11):
+            sequences = [sequence(position) for position in range(count)]
+            module(make_batch(sequences), module.count(sequences))[0].backward()
+            with torch.no_grad():
+                module(make_batch(sequences), module.count(sequences))
