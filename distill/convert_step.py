@@ -24,8 +24,8 @@ from deltanet.errors import UserError
 from .data import Corpus
 from .schema import Stage
 
-_MIXER = ("mixer", "state_heads", "beta_max", "skip_taps", "read_gate", "mixer_bias", "conv_kernel", "output_gate",
-          "head_norm", "exact_start")  # fmt: skip
+_MIXER = ("mixer", "state_heads", "beta_max", "skip_taps", "read_gate", "mixer_bias", "conv_kernel", "qkv_activation",
+          "linear_qk_norm", "beta_bias", "output_gate", "gate_activation", "head_norm", "exact_start")  # fmt: skip
 
 
 def config_after(stage: Stage, config: DeltaNetConfig) -> DeltaNetConfig:
@@ -78,7 +78,12 @@ def convert_more(start: Path, out: Path, teacher: DeltaNetForCausalLM, stage: St
     config = config_after(stage, student.config)
     pairs = enumerate(zip(student.config.layer_types, config.layer_types))
     new = [index for index, (before, after) in pairs if before != after]
-    weights = {name: tensor for name, tensor in student.state_dict().items() if not _is_tied(name, config)}
+    replaced = tuple(f"model.layers.{index}.self_attn." for index in new)
+    weights = {
+        name: tensor
+        for name, tensor in student.state_dict().items()
+        if not _is_tied(name, config) and not name.startswith(replaced)
+    }
     for name, tensor in _calibrated(student, teacher, config, new, tokens):
         weights[name] = tensor
     config.dtype = torch.float32
@@ -99,13 +104,19 @@ def _calibrated(student, teacher, config, new: list[int], tokens) -> Iterator[tu
     """(name, value) of every tensor of the new linear layers' mixers."""
     types = tuple(LINEAR if index in new else kind for index, kind in enumerate(teacher.config.layer_types))
     mixer = {name: getattr(config, name) for name in _MIXER}
+    turned = teacher.config.rope_layers or [True] * len(types)
+    ours = config.rope_layers or [True] * len(types)
+    mixer["rope_layers"] = [ours[index] if index in new else turned[index] for index in range(len(types))]
     between = student_config(teacher.config, Layout(types, teacher.config.sliding_window), **mixer)
     fitted = student_from_teacher(teacher, between, share=True)
     for index in new:
         block, own = fitted.model.layers[index], student.model.layers[index]
         # Assigned, not copied into: `fitted` shares its tensors with the teacher.
-        state = block.self_attn.state_dict() | own.self_attn.state_dict()
-        state = {name: tensor.to(teacher.device, copy=True) for name, tensor in state.items()}
+        trained = own.self_attn.state_dict()
+        state = {
+            name: trained.get(name, tensor).to(teacher.device, copy=True)
+            for name, tensor in block.self_attn.state_dict().items()
+        }
         block.self_attn.load_state_dict(state, assign=True)
         norm = own.input_layernorm.weight.to(teacher.device, copy=True)
         block.input_layernorm.weight = torch.nn.Parameter(norm, requires_grad=False)

@@ -1,23 +1,23 @@
-"""A run small enough for tests: a random teacher of two layers with the demo's tokenizer and text, and its recipe."""
+"""A run small enough for tests: a random teacher with the demo's tokenizer and text, and its recipe."""
 
 import shutil
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 
 
-def write_teacher(folder: Path) -> Path:
+def write_teacher(folder: Path, family: str = "llama", num_layers: int = 2) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, dtype="float32",
-        initializer_range=0.1,
+    config = AutoConfig.for_model(
+        family, vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=0, dtype="float32", initializer_range=0.1,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, folder / name)
     return folder

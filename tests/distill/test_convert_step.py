@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from convert.layouts import Layout
 from convert.loading import load_teacher, student_from_teacher
 from convert.plan import student_config
+from convert.publish.verify import verify
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
 from deltanet.errors import UserError
 from distill.convert_step import config_after, convert_more
@@ -149,6 +150,42 @@ def test_a_run_converts_in_steps_and_trains_between_them(tmp_path):
         3,
         4,
     ]
+
+
+@pytest.mark.parametrize("compat", ["fla", "qwen3_5"])
+def test_a_student_made_for_another_format_stays_one_over_a_step(tmp_path, compat):
+    """What --compat decides beside the options of a mixer holds for the layers that become linear later too."""
+    teacher = small_run.write_teacher(tmp_path / "teacher", "qwen3" if compat == "qwen3_5" else "llama", num_layers=3)
+    recipe = small_run.write_recipe(
+        tmp_path / "r.yaml",
+        teacher,
+        student__convert={"hybrid": "layers:1,2", "calibrate": "none", "compat": compat},
+        stages=[
+            {"kind": "distil", "steps": 1},
+            {"kind": "convert_step", "hybrid": "layers:2", "tokens": 512},
+            {"kind": "distil", "steps": 1},
+        ],
+        export__formats=["deltanet", compat],
+    )
+    distil(recipe, output=tmp_path / "run")
+    own = DeltaNetConfig.from_pretrained(tmp_path / "run" / "export")
+    assert own.layer_types == [LINEAR, LINEAR, FULL]
+    assert own.rope_layers == [False, False, True]
+    assert verify(tmp_path / "run" / f"export-{compat}").problems == []
+
+
+def test_a_step_that_leaves_what_a_format_needs_is_refused_before_anything_is_trained(tmp_path):
+    teacher = small_run.write_teacher(tmp_path / "teacher", "qwen3")
+    recipe = small_run.write_recipe(
+        tmp_path / "r.yaml",
+        teacher,
+        student__convert={"hybrid": "layers:1", "calibrate": "none", "compat": "qwen3_5"},
+        stages=[{"kind": "distil", "steps": 1}, {"kind": "convert_step", "hybrid": "none"}],
+        export__formats=["qwen3_5"],
+    )
+    with pytest.raises(UserError, match=r"export\.formats: qwen3_5: the format cannot express no layer of full attention"):
+        distil(recipe, output=tmp_path / "run")
+    assert not (tmp_path / "run" / "student").exists()
 
 
 def test_a_step_that_cannot_be_is_refused_before_anything_is_trained(tmp_path):
