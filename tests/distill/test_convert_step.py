@@ -183,7 +183,7 @@ def test_a_step_that_leaves_what_a_format_needs_is_refused_before_anything_is_tr
         stages=[{"kind": "distil", "steps": 1}, {"kind": "convert_step", "hybrid": "none"}],
         export__formats=["qwen3_5"],
     )
-    with pytest.raises(UserError, match=r"export\.formats: qwen3_5: the format cannot express no layer of full attention"):
+    with pytest.raises(UserError, match=r"export\.formats: qwen3_5: .* cannot express no layer of full attention"):
         distil(recipe, output=tmp_path / "run")
     assert not (tmp_path / "run" / "student").exists()
 
