@@ -1,10 +1,33 @@
-"""A configuration may not ask for more memory than its weight files could fill. Twin: tests/deltanet/test_bounds.py."""
+"""A configuration may not ask for more memory than its weight files could fill.
+
+Twins: tests/deltanet/test_bounds.py, tests/convert/publish/test_student_of_hub.py.
+"""
 
 from pathlib import Path
 
 import torch
 
 from .errors import UserError
+
+
+def weights_folder(name: str | Path, given: dict) -> Path:
+    """`name` where it is a folder, else the folder in the cache with the configuration and the weights of the Hub's
+    repository `name`; `given` are the arguments of `from_pretrained`. Raises OSError where there is no such repository.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    inner = given.get("subfolder") or ""
+    if Path(name).is_dir():
+        return Path(name, inner)
+    options = {key: given.get(key) for key in ("revision", "cache_dir", "token")}
+    wanted = [str(Path(inner, pattern)) for pattern in ("config.json", "model*.safetensors", "model*.index.json")]
+    try:
+        folder = snapshot_download(
+            str(name), allow_patterns=wanted, local_files_only=bool(given.get("local_files_only")), **options
+        )
+    except errors.HFValidationError as error:
+        raise OSError(f"{name}: neither a folder nor the name of a repository: {error}") from None
+    return Path(folder, inner)
 
 
 def refuse_oversized(build, folder: Path) -> None:

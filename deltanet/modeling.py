@@ -31,7 +31,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .bounds import refuse_oversized
+from .bounds import refuse_oversized, weights_folder
 from .config import DeltaNetConfig
 from .errors import UserError
 from .mixer import Convolution, DeltaMixer, Neutral
@@ -170,8 +170,8 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
         """As transformers' own, but strict: a missing, unexpected or wrongly shaped tensor is a UserError. Pickled
         weights are not read."""
         kwargs.setdefault("use_safetensors", True)
-        if Path(path).is_dir():
-            refuse_oversized(lambda: cls(kwargs.get("config") or cls.config_class.from_pretrained(path)), Path(path))
+        folder = weights_folder(path, kwargs)
+        refuse_oversized(lambda: cls(kwargs.get("config") or cls.config_class.from_pretrained(folder)), folder)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that they reach `info`, and the message below
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
