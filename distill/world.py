@@ -2,7 +2,8 @@
 
 A rank that fails alone would leave the others waiting in a collective until its timeout, which is hours, since rank 0
 may convert or tokenise that long. So a failure is noted in the store in which the processes met, every rank looks there
-twice a second, and all are gone some seconds later with one message. Twin: tests/fault/test_ranks.py.
+twice a second, and all are gone some seconds later with one message. A killed rank notes nothing: the kernel tells
+the others of its machine (`pidfd_open`), and these note it. Twin: tests/fault/test_ranks.py.
 """
 
 import atexit
@@ -10,6 +11,8 @@ import contextlib
 import itertools
 import logging
 import os
+import select
+import socket
 import sys
 import threading
 import time
@@ -163,8 +166,22 @@ def _end_at_once(code: int) -> None:
     os._exit(code)
 
 
+def _neighbours(world: World) -> dict[int, int]:
+    """The rank of every other process of this machine, by a descriptor that can be read once the process has ended.
+    Empty where there is no such thing: pidfd_open is Linux's, and some containers forbid it."""
+    if not hasattr(os, "pidfd_open"):
+        return {}
+    home = (socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino)  # process ids mean the same in both
+    found = {}
+    for rank, (other, pid) in enumerate(world.gather((home, os.getpid()))):
+        if rank != world.rank and other == home:
+            with contextlib.suppress(OSError):
+                found[os.pidfd_open(pid)] = rank
+    return found
+
+
 class _Watch(threading.Thread):
-    """Looks at the store for failures of other ranks, in a thread, since the main one may wait in a collective."""
+    """Looks for failures and deaths of other ranks, in a thread, since the main one may wait in a collective."""
 
     def __init__(self, world: World):
         super().__init__(daemon=True)
@@ -173,14 +190,17 @@ class _Watch(threading.Thread):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = torch.distributed.TCPStore(address, port, is_master=False)
         self.store = torch.distributed.PrefixStore(f"deltanet/{attempt}/{next(_numbers)}", store)
+        self.neighbours = _neighbours(world)
 
     def run(self) -> None:
         while not self.dismissed.wait(LOOK_SECONDS):
             try:
-                code = int(self.store.get("code")) if self.store.add("failed", 0) else None
+                self._note_killed()
+                noted = self.store.add("failed", 0) + self.store.add("killed", 0)
+                code = int(self.store.get("code")) if noted else None
             except RuntimeError:  # the store went with the process that kept it
                 if self.world.rank == 1 and not self.dismissed.is_set():
-                    print("rank 0 is gone, so the others end too", file=sys.stderr, flush=True)
+                    self._tell_gone(0)
                 code = 1
             if code is not None and not self.dismissed.wait(GRACE_SECONDS):
                 os._exit(code)
@@ -192,8 +212,10 @@ class _Watch(threading.Thread):
     def fail(self, error: Exception) -> tuple[bool, bool]:
         """Notes the failure; whether this rank is the first with one, and whether all ranks have one."""
         try:
+            self._note_killed()  # of which this failure may be the consequence
             self.store.set("code", str(getattr(error, "exit_code", 1)))
-            is_first, limit = self.store.add("failed", 1) == 1, time.monotonic() + AGREE_SECONDS
+            is_first = self.store.add("failed", 1) == 1 and not self.store.add("killed", 0)
+            limit = time.monotonic() + AGREE_SECONDS
             while self.store.add("failed", 0) < self.world.size:
                 if time.monotonic() > limit:
                     return is_first, False
@@ -203,8 +225,25 @@ class _Watch(threading.Thread):
             return self.world.rank == 1, False
         return is_first, True
 
+    def _note_killed(self) -> None:
+        """Notes every neighbour that ended before it parted or failed; of those who see it one tells."""
+        dead, _, _ = select.select(list(self.neighbours), [], [], 0)
+        for descriptor in dead:
+            rank = self.neighbours.pop(descriptor)
+            os.close(descriptor)
+            if self.store.add("failed", 0) or self.store.add(f"parted/{rank}", 0):
+                continue
+            self.store.set("code", "1")
+            if self.store.add("killed", 1) == 1:
+                self._tell_gone(rank)
+
+    @staticmethod
+    def _tell_gone(rank: int) -> None:
+        print(f"rank {rank} is gone, so the others end too", file=sys.stderr, flush=True)
+
     def part(self) -> None:
         """Keeps rank 0, and with it the store, until no rank looks any more."""
+        self.store.add(f"parted/{self.world.rank}", 1)
         self.store.add("done", 1)
         limit = time.monotonic() + GRACE_SECONDS
         while self.world.is_main and self.store.add("done", 0) < self.world.size and time.monotonic() < limit:

@@ -49,18 +49,28 @@ def recipe(tmp_path_factory):
 
 
 def start(recipe, run, code, victim):
-    """Two processes; `code` runs in the one of rank `victim`."""
+    """Two runs of the recipe; `code` runs in the process of rank `victim`."""
+    rest = "\nsys.exit(cli.distill_main(sys.argv[1:]))"
+    return launch([PRELUDE + (code if rank == victim else "") + rest for rank in range(2)], recipe, "-o", run)
+
+
+def launch(scripts, *arguments):
+    """A process of each script, which meet as ranks 0, 1 ... on a free port."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     processes = []
-    for rank in range(2):
-        launched = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for rank, script in enumerate(scripts):
+        launched = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(len(scripts)),
+            "MASTER_ADDR": "127.0.0.1",
+        }
         environment = {**os.environ, **launched, "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-        script = PRELUDE + (code if rank == victim else "") + "\nsys.exit(cli.distill_main(sys.argv[1:]))"
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", script, str(recipe), "-o", str(run)],
+                [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
             )
         )  # fmt: skip
@@ -118,3 +128,35 @@ def test_a_rank_that_is_killed_ends_the_other_too(recipe, tmp_path, victim):
     told = end(start(recipe, tmp_path / "run", code, victim), lambda: (tmp_path / "run-failed").exists())
     assert told[victim][0] == -signal.SIGKILL
     assert told[1 - victim][0] == 1
+
+
+TOGETHER = """
+import os, signal, sys, time
+from distill.world import LOOK_SECONDS, ending_together, leave_world, start_world
+with ending_together(start_world()):
+    {body}
+leave_world()
+"""
+KILLED, STUCK = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(3600)"
+
+
+def told_by(bodies):
+    """(exit code, lines of stderr about a rank that is gone) of ranks that do this and no more."""
+    processes = launch([TOGETHER.format(body=body) for body in bodies])
+    try:
+        errors = [process.communicate(timeout=ENDED + 60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], [
+        line for err in errors for line in err.splitlines() if "is gone" in line
+    ]
+
+
+def test_a_killed_rank_ends_those_that_would_wait_for_it_for_ever():
+    """As with NCCL, whose collectives do not notice that a neighbour is gone."""
+    assert told_by([STUCK, KILLED, STUCK]) == ([1, -signal.SIGKILL, 1], ["rank 1 is gone, so the others end too"])
+
+
+def test_a_rank_that_parts_early_is_not_taken_for_killed():
+    assert told_by(["time.sleep(6 * LOOK_SECONDS)", "pass"]) == ([0, 0], [])
