@@ -227,8 +227,10 @@ class _Watch(threading.Thread):
 
     def _note_killed(self) -> None:
         """Notes every neighbour that ended before it parted or failed; of those who see it one tells."""
-        dead, _, _ = select.select(list(self.neighbours), [], [], 0)
-        for descriptor in dead:
+        poll = select.poll()  # select.select takes no descriptor above 1023
+        for descriptor in self.neighbours:
+            poll.register(descriptor, select.POLLIN)
+        for descriptor, _ in poll.poll(0):
             rank = self.neighbours.pop(descriptor)
             os.close(descriptor)
             if self.store.add("failed", 0) or self.store.add(f"parted/{rank}", 0):

@@ -56,7 +56,8 @@ def test_pictures_can_be_as_large_as_those_of_path_x():
     (example,) = TASK.examples(0, 1, {"size": 128, "dashes": 40}, TOKENIZER)
     picture = example.ids[: 128 * 128]
     assert len(example.ids) == 128 * 128 + 2
-    assert picture.count(MARK) == 2 and picture.count(LINE) + 2 == DASH * (40 + 40 + 5 * (40 // 3))
+    assert picture.count(MARK) == 2
+    assert picture.count(LINE) + 2 == DASH * (40 + 40 + 5 * (40 // 3))
 
 
 def test_labels_are_even_and_distance_alone_does_not_tell_them():
