@@ -144,7 +144,7 @@ class Engine:
         if settings.zero_stage in (1, 2):
             groups = _aligned(groups, fillers, world.device)
             module.register_module("fillers", fillers)  # DeepSpeed trains what the module has, and looks only now
-        # fused: torch's other ways make temporaries as large as all parameters, several at a time, on a GPU.
+        # fused: torch's default on a GPU holds temporaries as large as all parameters at its peak.
         options = {"betas": settings.betas, "eps": settings.eps, "fused": True}
         if settings.zero_stage:
             optimizer = torch.optim.AdamW(groups, **options)

@@ -49,7 +49,7 @@ def recipe(tmp_path_factory):
 
 
 def start(recipe, run, code, victim):
-    """Two runs of the recipe; `code` runs in the process of rank `victim`."""
+    """The recipe, run by two processes; `code` runs in the process of rank `victim`."""
     rest = "\nsys.exit(cli.distill_main(sys.argv[1:]))"
     return launch([PRELUDE + (code if rank == victim else "") + rest for rank in range(2)], recipe, "-o", run)
 
