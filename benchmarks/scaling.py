@@ -159,8 +159,6 @@ def measure(task: dict, world) -> dict:
         if step == task["warmup"]:
             parts.reset()
             began = time.perf_counter()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
         positions = positions_of(step, job, world)
         batches = [[sequence(at, task["length"], shape["vocab_size"]) for at in row] for row in positions]
         (count,) = world.sum([sum(map(module.count, batches))])
@@ -180,13 +178,13 @@ def measure(task: dict, world) -> dict:
     measured = task["steps"] - task["warmup"]
     seconds = time.perf_counter() - began
     tokens = measured * task["batch"] * task["length"]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     rate = tokens / seconds / world.size
     result = {
         **task,
         "gpus": world.size,
         "tokens_per_second_per_gpu": rate,
-        "peak_gib": max(world.gather(peak)),
+        "peak_gib": max(world.gather(max(parts.peaks.values()))),
+        "peak_gib_by_part": parts.peaks,
         "counted_gib": held_bytes(
             task["zero"],
             world.size,
@@ -236,10 +234,11 @@ class Drawn:
 
 
 class Parts:
-    """Seconds by part of the step, between CUDA events, so that nothing waits; of a CPU by the clock."""
+    """Seconds by part of the step, between CUDA events, so that nothing waits; of a CPU by the clock. And the most
+    memory (GiB) that a GPU held in each part."""
 
     def __init__(self, device: torch.device, teacher, student):
-        self.cuda, self.spans = device.type == "cuda", []
+        self.cuda, self.spans, self.peaks = device.type == "cuda", [], {}
         for name, model in (("teacher forward", teacher.model), ("student forward", student.model)):
             model.register_forward_pre_hook(lambda *_, name=name: self._open(name))
             model.register_forward_hook(lambda *_, name=name: self._close(name))
@@ -263,15 +262,19 @@ class Parts:
 
         class Span:
             def __enter__(self):
+                if parts.cuda:
+                    torch.cuda.reset_peak_memory_stats()
                 parts._open(name)
 
             def __exit__(self, *_):
                 parts._close(name)
+                peak = torch.cuda.max_memory_allocated() / 2**30 if parts.cuda else 0.0
+                parts.peaks[name] = max(peak, parts.peaks.get(name, 0.0))
 
         return Span()
 
     def reset(self) -> None:
-        self.spans = []
+        self.spans, self.peaks = [], {}
 
     def seconds(self) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -317,7 +320,8 @@ def show(found: dict) -> None:
     rate, peak, counted = found["tokens_per_second_per_gpu"], found["peak_gib"], found["counted_gib"]
     memory = f"{peak:.1f} GiB ({counted:.1f} counted without activations)"
     print(f"{label(found)}: {rate:,.0f} tokens/s a GPU, {memory}, {found['flop_use']:.1%} of peak")
-    print(f"   seconds a step: {seconds}", flush=True)
+    peaks = "  ".join(f"{name} {value:.1f}" for name, value in found["peak_gib_by_part"].items())
+    print(f"   seconds a step: {seconds}; peak GiB of rank 0: {peaks}", flush=True)
 
 
 def name(task: dict) -> str:
@@ -342,7 +346,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=max(torch.cuda.device_count(), 1))
     parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=12, help="of a measurement of speed; 0: none")
     parser.add_argument("--same-steps", type=int, default=50, help="steps of the comparison of losses; 0: none")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--peer", action="store_true", help="flash-linear-attention's kernels beside ours")
@@ -350,6 +354,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="also with activation checkpointing")
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--micro", type=int, default=2, help="sequences of a forward pass")
+    parser.add_argument("--passes", type=int, default=1, help="forward passes of a GPU and step")
     parser.add_argument("--only-all", action="store_true", help="not on one GPU, which may be too small")
     parser.add_argument("--teacher-shard", action="store_true", help="the teacher in parts, of ZeRO 3")
     parser.add_argument("--offload-teacher", action="store_true", help="its parts in CPU memory")
@@ -365,9 +370,13 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     base = {
         "shape": arguments.shape, "length": arguments.seq_len, "steps": arguments.steps, "warmup": 4,
-        "micro": arguments.micro, "dtype": "bfloat16", "checkpointing": False, "compile": arguments.compile,
+        "micro": arguments.micro, "passes": arguments.passes, "dtype": "bfloat16", "checkpointing": False,
+        "compile": arguments.compile,
     }  # fmt: skip
-    tiny = {"shape": "tiny", "length": 256, "steps": arguments.same_steps, "warmup": 1, "micro": 1, "compile": False}
+    tiny = {
+        "shape": "tiny", "length": 256, "steps": arguments.same_steps, "warmup": 1, "micro": 1, "passes": 1,
+        "compile": False, "same": True,
+    }  # fmt: skip
     kinds = [False] * (not arguments.no_plain) + [True] * arguments.checkpointing
 
     def sharding(zero: int) -> dict:
@@ -379,7 +388,12 @@ def main() -> None:
             "offload_parameters": arguments.offload_parameters and zero == 3,
         }
 
-    speed = [base | sharding(zero) | {"checkpointing": kind} for zero in arguments.stages for kind in kinds]
+    speed = [
+        base | sharding(zero) | {"checkpointing": kind}
+        for zero in arguments.stages
+        for kind in kinds
+        if arguments.steps
+    ]
     same = [
         base | tiny | sharding(zero) | {"dtype": dtype, "batch": 2 * arguments.gpus}
         for dtype in ("float32", "bfloat16")
@@ -389,7 +403,8 @@ def main() -> None:
     results: dict[str, dict] = {}
     counts = [arguments.gpus] if arguments.only_all else sorted({1, arguments.gpus})
     for gpus in counts:
-        left = [task | {"gpus": gpus, "batch": task.get("batch", task["micro"] * gpus)} for task in speed + same]
+        each = arguments.micro * arguments.passes
+        left = [task | {"gpus": gpus, "batch": task.get("batch", each * gpus)} for task in speed + same]
         if arguments.peer and gpus == 1:
             left.append(left[0] | {"kernels": "fla"})  # last, since the kernels stay in the process
         while left:
@@ -398,7 +413,7 @@ def main() -> None:
                 finished += 1
                 results[name(result)] = result
                 (arguments.out / "scaling.json").write_text(json.dumps(list(results.values()), indent=1))
-                if result["batch"] == result["micro"] * gpus:
+                if not result.get("same"):
                     show(result)
             if finished < len(left):
                 print(f"{label(left[finished])}: failed, see {arguments.out / 'log'}", flush=True)
