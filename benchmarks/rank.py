@@ -25,6 +25,7 @@ from convert.loading import load_teacher, student_from_teacher
 from convert.plan import student_config
 from convert.ranking.rank import METHODS, linear_twin, rank_layers
 from convert.text import calibration_text, read_documents, tokenise
+from deltanet.generate import pick_device
 
 RECALL_TOKENS = 4096
 
@@ -42,9 +43,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="windows of up to 1024 tokens measured")
     parser.add_argument("--folder", type=Path, default=Path("runs/rank"), help="what is done stays here")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    teacher = load_teacher(arguments.teacher, torch.float32)
+    device = pick_device(arguments.device)
+    teacher = load_teacher(arguments.teacher, torch.float32).to(device)
     tokenizer, length = load_tokenizer(arguments.teacher), min(1024, teacher.config.max_position_embeddings)
     text = calibration_text(
         arguments.calibrate,
@@ -57,7 +60,7 @@ def main() -> None:
     )
     measured = tokenise(
         tokenizer, read_documents(arguments.measure), arguments.windows, length, arguments.measure, in_order=True
-    )
+    ).to(device)
     types = teacher.config.layer_types
     plain = student_config(teacher.config, parse_layout("none", types, teacher.config.sliding_window))
     missing = [method for method in arguments.methods if not (arguments.folder / f"{method}.json").exists()]
