@@ -128,7 +128,7 @@ def measure(task: dict, world) -> dict:
         offload_parameters=task["offload_parameters"],
     )
     full = ["full_attention"] * shape["num_hidden_layers"]
-    student = skeleton(DeltaNetConfig(**common, layer_types=kinds, mixer="gated_delta", skip_taps=4))
+    student = skeleton(DeltaNetConfig(**common, layer_types=kinds, mixer=task["mixer"], skip_taps=4))
     teacher, taught = skeleton(DeltaNetConfig(**common, layer_types=full, dtype=low)), Drawn(student, 0, world.device)
     teaching = Drawn(teacher, 1, world.device)
     if task["shard"]:
@@ -287,16 +287,18 @@ class Parts:
 
 def use_fla() -> None:
     """Puts flash-linear-attention's kernels in the place of ours."""
+    from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     import deltanet.mixer
 
     def rule(q, k, v, beta, *, g, scale, initial_state, output_final_state, cu_seqlens, normalize_qk):
-        return chunk_gated_delta_rule(
-            q, k, v, g, beta.to(v.dtype), scale=scale, initial_state=initial_state,
-            output_final_state=output_final_state, use_qk_l2norm_in_kernel=normalize_qk,
-            cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
-        )  # fmt: skip
+        options = {
+            "beta": beta.to(v.dtype), "scale": scale, "initial_state": initial_state,
+            "output_final_state": output_final_state, "use_qk_l2norm_in_kernel": normalize_qk,
+            "cu_seqlens": None if cu_seqlens is None else cu_seqlens.long(),
+        }  # fmt: skip
+        return chunk_delta_rule(q, k, v, **options) if g is None else chunk_gated_delta_rule(q, k, v, g=g, **options)
 
     deltanet.mixer.delta_rule = rule
 
@@ -339,7 +341,8 @@ def label(task: dict) -> str:
         "offload_parameters",
     )
     extras = [key.replace("_", " ") for key in options if task.get(key)]
-    return ", ".join([task["shape"], f"{task['gpus']} GPU", f"ZeRO {task['zero']}", task["dtype"], *extras])
+    said = [task["shape"], task["mixer"], f"{task['gpus']} GPU", f"ZeRO {task['zero']}", task["dtype"], *extras]
+    return ", ".join(said)
 
 
 def main() -> None:
@@ -349,7 +352,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="of a measurement of speed; 0: none")
     parser.add_argument("--same-steps", type=int, default=50, help="steps of the comparison of losses; 0: none")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--peer", action="store_true", help="flash-linear-attention's kernels beside ours")
+    parser.add_argument("--peer", action="store_true", help="flash-linear-attention's kernels beside ours, on one GPU")
+    parser.add_argument("--mixer", choices=("gated_delta", "delta"), default="gated_delta")
     parser.add_argument("--compile", action="store_true", help="torch.compile every layer")
     parser.add_argument("--checkpointing", action="store_true", help="also with activation checkpointing")
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
@@ -370,8 +374,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     base = {
         "shape": arguments.shape, "length": arguments.seq_len, "steps": arguments.steps, "warmup": 4,
-        "micro": arguments.micro, "passes": arguments.passes, "dtype": "bfloat16", "checkpointing": False,
-        "compile": arguments.compile,
+        "mixer": arguments.mixer, "micro": arguments.micro, "passes": arguments.passes, "dtype": "bfloat16",
+        "checkpointing": False, "compile": arguments.compile,
     }  # fmt: skip
     tiny = {
         "shape": "tiny", "length": 256, "steps": arguments.same_steps, "warmup": 1, "micro": 1, "passes": 1,
