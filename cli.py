@@ -4,13 +4,29 @@ Exit codes: 0 done, 1 failure, 2 wrong input, 75 interrupted with everything sav
 """
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+# What a file system says of a path that the user named.
+OF_A_PATH = {
+    getattr(errno, name) for name in ("EACCES", "EISDIR", "ELOOP", "ENAMETOOLONG", "ENOTDIR", "EPERM", "EROFS")
+}
+# We check for ourselves what these libraries warn of, and say it once.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong option, as for every other wrong input."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
 
 def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=command,
         description=description,
         epilog=epilog,
@@ -22,6 +38,12 @@ def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentPar
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
 
 
 class _Version(argparse.Action):
@@ -55,6 +77,8 @@ def _of_source() -> str:
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, call: Callable) -> int:
     """Parses, calls, and turns errors into one line on stderr and an exit code."""
     arguments = parser.parse_intermixed_args(argv)  # KEY.PATH=VALUE may follow an option
+    for name, level in QUIET.items():
+        os.environ.setdefault(name, level)
     try:
         call(arguments)
         return 0
@@ -64,12 +88,15 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, call: Call
     except BrokenPipeError:
         return 1
     except Exception as error:
-        from deltanet.errors import DeltanetError
+        from deltanet.errors import DeltanetError, one_line
 
         if arguments.debug:
             raise
+        if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename is not None:
+            print(f"{parser.prog}: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
         if not isinstance(error, DeltanetError):
-            print(f"{parser.prog}: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+            print(f"{parser.prog}: {type(error).__name__}: {one_line(error)} (--debug shows where)", file=sys.stderr)
             return 1
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
@@ -142,7 +169,7 @@ def convert_parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", metavar="TEXT", help="file to measure on (default: the last tenth of TEXT)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new student is complete")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.add_argument(
         "--verify",
@@ -237,7 +264,7 @@ def generate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-beams", type=int, default=1, metavar="N", help="beam search (does not stream; default: 1)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
     return parser
@@ -331,7 +358,7 @@ def eval_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="lengths in tokens at which speed and memory are measured, or none (default: some that suit the device)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument(
         "--dtype",

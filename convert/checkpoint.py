@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from deltanet.errors import UserError
+from deltanet.errors import UserError, one_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -251,7 +251,7 @@ def _open_pickled(folder: Path, files: list[str]) -> Checkpoint:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # the unpickler raises many kinds; each means the file cannot be trusted or read
-            raise UserError(f"{path}: unreadable with weights_only: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path}: unreadable with weights_only: {one_line(error)}") from None
         for name, tensor in state.items():
             if not isinstance(tensor, torch.Tensor) or name in checkpoint.entries:
                 raise UserError(f"{path}: {name} is not a tensor, or is in two files")

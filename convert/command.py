@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deltanet.config import MIXERS, STATE_HEADS
-from deltanet.errors import UserError, nearest
+from deltanet.errors import UserError, nearest, one_line
 
 from .checkpoint import open_checkpoint
 from .compat import FIELDS, resolve
@@ -277,8 +277,7 @@ def load_tokenizer(folder: Path):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise many kinds; each means the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder}: unreadable tokenizer: {reason}") from None
+        raise UserError(f"{folder}: unreadable tokenizer: {one_line(error)}") from None
 
 
 def parse_size(option: str, text: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from deltanet.config import MOST_LAYERS, DeltaNetConfig
-from deltanet.errors import UserError, nearest
+from deltanet.errors import UserError, nearest, one_line
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,7 @@ def teacher_config(folder: Path) -> DeltaNetConfig:
     try:
         source = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers' validators raise many kinds; all of them mean a bad file
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{where}: transformers refuses it: {first}") from None
+        raise UserError(f"{where}: transformers refuses it: {one_line(error)}") from None
     layers = source.num_hidden_layers
     window = getattr(source, "sliding_window", None)
     layer_types = ["full_attention"] * layers

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltanet.errors import DeltanetError, UserError, nearest
+from deltanet.errors import DeltanetError, UserError, nearest, one_line
 
 from .links import refuse_links_out
 from .presets import PRESETS
@@ -126,13 +126,11 @@ def _download(repository: str, revision: str | None, allow_pickle: bool, gated: 
     except errors.HFValidationError as error:
         raise UserError(f"{repository}: not a repository name: {error}") from None
     except ValueError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{repository}{at}: the repository is refused: {first}") from None
+        raise UserError(f"{repository}{at}: the repository is refused: {one_line(error)}") from None
     except Exception as error:  # the HTTP library's own errors too
         if not (may_pass(error) or isinstance(error, OSError)):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        why = reason(error) if may_pass(error) else first
+        why = reason(error) if may_pass(error) else one_line(error)
         raise UserError(
             f"{repository}{at}: no folder here, not in the local cache, and the Hub cannot be reached ({why}); go "
             f"online, or download it elsewhere with `hf download {repository}` and give the folder"
@@ -156,8 +154,7 @@ def _dequantise(path: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the readers raise many kinds for a damaged or unknown file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: cannot be read as gguf: {reason}") from None
+        raise UserError(f"{path}: cannot be read as gguf: {one_line(error)}") from None
     # What loading leaves behind claims that the weights are still quantised; save_pretrained refuses that.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

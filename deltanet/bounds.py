@@ -1,4 +1,4 @@
-"""A configuration may not ask for more memory than its weight files could fill.
+"""A configuration may not ask for more memory than its weight files could fill, nor for other tensors than theirs.
 
 Twins: tests/deltanet/test_bounds.py, tests/convert/publish/test_student_of_hub.py.
 """
@@ -47,3 +47,24 @@ def refuse_oversized(build, folder: Path) -> None:
             f"{folder}: the weights do not fit the configuration: it makes {wanted:,} numbers, the files have "
             f"{stored:,} bytes"
         )
+
+
+def refuse_misfits(info: dict, name: str) -> None:
+    """Raises UserError about `name` where `info`, what from_pretrained tells of its loading, has a tensor that is
+    missing, unexpected or of another shape than the configuration makes it."""
+    problems = [
+        f"{what}: {', '.join(map(_named, sorted(info[key])[:5]))}{' ...' if len(info[key]) > 5 else ''}"
+        for key, what in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unexpected"),
+            ("mismatched_keys", "wrong shape"),
+        )
+        if info.get(key)
+    ]
+    if problems:
+        raise UserError(f"{name}: the weights do not fit the configuration: {'; '.join(problems)}")
+
+
+def _named(entry: str | tuple) -> str:
+    """A tensor's name, or of (name, shape in the file, shape in the model) all three."""
+    return entry if isinstance(entry, str) else f"{entry[0]} is {list(entry[1])} and not {list(entry[2])}"

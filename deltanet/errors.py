@@ -28,3 +28,14 @@ def nearest(value: str, allowed: list[str]) -> str:
 
     close = difflib.get_close_matches(value, allowed, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+LONGEST_REASON = 300
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's error says, on one line; with its kind where the message alone would say nothing."""
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    if not text or isinstance(error, (ArithmeticError, AttributeError, LookupError, TypeError)):
+        text = f"{kind}: {text}" if text else kind
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."

@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
-from .errors import UserError, nearest
+from .bounds import refuse_misfits, refuse_oversized
+from .errors import UserError, nearest, one_line
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -18,6 +19,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {name}: allowed: auto, cpu, cuda, cuda:N")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}; allowed: auto, cpu, cuda, cuda:N") from None
@@ -33,19 +36,33 @@ def pick_dtype(name: str) -> torch.dtype | str:
 def load(model: str, device: torch.device, dtype: torch.dtype | str):
     """(model, tokenizer) of a checkpoint folder, student or plain transformer. Raises UserError if it is neither."""
     folder = Path(model)
-    logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise UserError(f"{model}: not a checkpoint folder (no config.json)")
+    loaded = load_model(folder, dtype, model)
     try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        safe = {"use_safetensors": True, "trust_remote_code": False}
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe)
+    except Exception as error:  # transformers' readers raise many kinds; all of them mean a bad file
+        raise UserError(f"{model}: unreadable tokenizer: {one_line(error)}") from error
+    return loaded.to(device).eval(), tokenizer
+
+
+def load_model(folder: Path, dtype: torch.dtype | str, name: str):
+    """The model in `folder`, loaded strictly and as data. Raises UserError about `name` where its files do not make
+    it whole."""
+    logging.disable_progress_bar()
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_oversized(lambda: AutoModelForCausalLM.from_config(config), folder)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **safe
+        )
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model}: cannot be loaded: {error}") from error
-    return loaded.to(device).eval(), tokenizer
+    except Exception as error:
+        raise UserError(f"{name}: cannot be loaded: {one_line(error)}") from error
+    refuse_misfits(info, name)
+    return loaded
 
 
 def generate(
@@ -69,42 +86,28 @@ def generate(
     """
     checks = (
         ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("--temperature", temperature, temperature >= 0, "0 (greedy) or more"),
+        ("--temperature", temperature, temperature == 0 or 1e-4 <= temperature <= 1e4, "0 (greedy), or .0001 to 10000"),
         ("--top-p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
         ("--top-k", top_k, top_k >= 0, "0 (off) or more"),
-        ("--repetition-penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
+        ("--top-p", top_p, temperature or top_p == 1, "1 where nothing is sampled; give a --temperature too"),
+        ("--top-k", top_k, temperature or top_k == 0, "0 where nothing is sampled; give a --temperature too"),
+        ("--repetition-penalty", repetition_penalty, 1e-2 <= repetition_penalty <= 1e2, ".01 to 100"),
         ("--num-beams", num_beams, num_beams >= 1, "1 or more"),
     )
     for option, value, allowed, range_ in checks:
         if not allowed:
             raise UserError(f"{option} {value}: allowed is {range_}")
     where, kind = pick_device(device), pick_dtype(dtype)
-    if prompt == "-":
-        prompt = sys.stdin.read().rstrip("\n")
+    prompt = _read(prompt)
     language_model, tokenizer = load(model, where, kind)
-    if chat:
-        if not tokenizer.chat_template:
-            raise UserError(f"{model}: --chat needs a chat template, and its tokenizer has none")
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        if inputs["input_ids"].shape[1] == 0:
-            start = language_model.config.bos_token_id
-            if start is None:
-                raise UserError("the prompt is empty, and the model has no token to begin with")
-            inputs = {
-                "input_ids": torch.tensor([[start]]),
-                "attention_mask": torch.ones(1, 1, dtype=torch.long),
-            }
+    inputs = _encode(tokenizer, prompt, chat, model, language_model.config.get_text_config())
     inputs = {key: value.to(where) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True) if num_beams == 1 else None
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
-    # Sampling defaults that the teacher's folder carries must not leak into a greedy run.
-    language_model.generation_config.update(temperature=None, top_p=None, top_k=None)
+    # Of what the folder says about generation, where a text ends counts; how it is sampled is said here.
+    ends = language_model.generation_config.eos_token_id
+    language_model.generation_config = GenerationConfig(eos_token_id=ends)
     pad = tokenizer.pad_token_id
     with torch.inference_mode():
         tokens = language_model.generate(
@@ -121,3 +124,48 @@ def generate(
     if streamer is None:
         print(text if chat else prompt + text)
     return text
+
+
+def _read(prompt: str) -> str:
+    """The prompt, or for `-` what standard input says. Raises UserError where that is no text."""
+    try:
+        if prompt == "-":
+            if sys.stdin is None:
+                raise UserError("prompt -: standard input is closed")
+            prompt = sys.stdin.read().rstrip("\n")
+        prompt.encode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"the prompt is not UTF-8: {one_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"prompt -: standard input cannot be read: {error.strerror}") from None
+    return prompt
+
+
+def _encode(tokenizer, prompt: str, chat: bool, model: str, config) -> dict:
+    """input_ids and attention_mask of one row. Raises UserError where there is nothing to continue, or `model`'s
+    tokenizer does not fit its vocabulary."""
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError(f"{model}: --chat needs a chat template, and its tokenizer has none")
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template is a program, and fails in every way that programs do
+            raise UserError(f"{model}: the chat template fails: {one_line(error)}") from None
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt", verbose=False)
+    if inputs["input_ids"].shape[1] == 0:
+        if config.bos_token_id is None:
+            raise UserError("the prompt is empty, and the model has no token to begin with")
+        inputs = {
+            "input_ids": torch.tensor([[config.bos_token_id]]),
+            "attention_mask": torch.ones(1, 1, dtype=torch.long),
+        }
+    highest, length, most = int(inputs["input_ids"].max()), inputs["input_ids"].shape[1], config.max_position_embeddings
+    if highest >= config.vocab_size:
+        raise UserError(f"{model}: its tokenizer gives token {highest}, but the model has {config.vocab_size}")
+    if length > most:
+        print(f"note: the prompt has {length:,} tokens; the model is made for {most:,}", file=sys.stderr)
+    return inputs

@@ -31,7 +31,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .bounds import refuse_oversized, weights_folder
+from .bounds import refuse_misfits, refuse_oversized, weights_folder
 from .config import DeltaNetConfig
 from .errors import UserError
 from .mixer import Convolution, DeltaMixer, Neutral
@@ -175,17 +175,7 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that they reach `info`, and the message below
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        problems = [
-            f"{what}: {', '.join(map(str, sorted(info[key])[:5]))}{' ...' if len(info[key]) > 5 else ''}"
-            for key, what in (
-                ("missing_keys", "missing"),
-                ("unexpected_keys", "unexpected"),
-                ("mismatched_keys", "wrong shape"),
-            )
-            if info.get(key)
-        ]
-        if problems:
-            raise UserError(f"{path}: the weights do not fit the configuration: {'; '.join(problems)}")
+        refuse_misfits(info, str(path))
         return (model, info) if wants_info else model
 
 

@@ -1,5 +1,8 @@
 """The commands: help is instant, versions print, errors are one line with the documented exit code."""
 
+import io
+import json
+import re
 import subprocess
 import sys
 import time
@@ -75,7 +78,18 @@ def test_generate_refuses_what_is_no_checkpoint_in_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--max-new-tokens", "0"), ("--temperature", "-1"), ("--top-p", "2"), ("--dtype", "bfloat"), ("--device", "gpu")],
+    [
+        ("--max-new-tokens", "0"),
+        ("--temperature", "-1"),
+        ("--temperature", "inf"),
+        ("--top-p", "2"),
+        ("--top-p", ".9"),  # of a greedy run
+        ("--top-k", "40"),
+        ("--repetition-penalty", "1e-300"),
+        ("--dtype", "bfloat"),
+        ("--device", "gpu"),
+        ("--device", "meta"),
+    ],
 )
 def test_generate_names_the_option_that_is_out_of_range(option, value, capsys, tmp_path):
     assert cli.generate_main([str(tmp_path), "hello", option, value]) == 2
@@ -93,6 +107,88 @@ def test_an_unexpected_error_is_one_line_and_exit_code_1(capsys, monkeypatch):
     assert capsys.readouterr().err == "deltanet-generate: RuntimeError: it broke (--debug shows where)\n"
     with pytest.raises(RuntimeError, match="it broke"):
         cli.generate_main(["demo", "hello", "--debug"])
+
+
+def test_what_is_wrong_with_a_path_is_wrong_input(capsys):
+    assert cli.generate_main(["x" * 300, "hello"]) == 2
+    assert capsys.readouterr().err == f"deltanet-generate: {'x' * 300}: File name too long\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--skip-conv", "x"], "argument --skip-conv: invalid int value: 'x'"),
+        (["--seed", "1" + "0" * 30], "argument --seed: '1" + "0" * 30 + "' is not a whole number from 0 to 2^63 - 1"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number"),
+        (["--nix"], "unrecognized arguments: --nix"),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_one_line(options, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.convert_main(["demo", "-o", "student", *options])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"deltanet-convert: {says}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("config.json", {"num_hidden_layers": 7}, "the weights do not fit the configuration: missing: model.layers.6"),
+        ("config.json", {"num_hidden_layers": 5}, "the weights do not fit the configuration: unexpected"),
+        ("config.json", {"vocab_size": 1000}, r"embed_tokens.weight is \[1024, 192\] and not \[1000, 192\]"),
+        ("config.json", {"vocab_size": 10**13}, "it makes .* numbers"),
+        ("config.json", {"vocab_size": "x"}, "'vocab_size': TypeError: Field 'vocab_size' expected int, got str"),
+        ("config.json", {"hidden_act": "x"}, "cannot be loaded: KeyError: 'x'"),
+        ("tokenizer.json", {"added_tokens": 3}, "unreadable tokenizer"),
+        ("tokenizer.json", None, "unreadable tokenizer"),
+        ("tokenizer_config.json", {"chat_template": "{% if %}"}, "the chat template fails: Expected an expression"),
+        ("generation_config.json", None, "cannot be loaded"),
+    ],
+)
+def test_generate_says_in_one_line_what_is_wrong_with_a_folder(name, changes, says, tmp_path, capsys):
+    from importlib.resources import files
+    from shutil import copytree
+
+    folder = copytree(str(files("recipes") / "demo"), tmp_path / "teacher")
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text("[]" if changes is None else json.dumps(content | changes))
+    options = ["--chat"] if name == "tokenizer_config.json" else []
+    assert cli.generate_main([str(folder), "Once", "--device", "cpu", *options]) == 2
+    out, error = capsys.readouterr()
+    message = [line for line in error.splitlines() if line.startswith("deltanet-generate: ")]
+    assert len(message) == 1
+    assert re.search(says, message[0])
+    assert message[0].startswith(f"deltanet-generate: {folder}")
+    assert out == ""
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_a_standard_input_that_gives_no_text_is_wrong_input(content, capsys, monkeypatch):
+    stdin = None if content is None else io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert cli.generate_main(["demo", "-", "--device", "cpu"]) == 2
+    assert ("standard input is closed" if content is None else "not UTF-8") in capsys.readouterr().err
+
+
+def test_generate_is_not_led_by_what_its_folder_says_of_sampling(tmp_path, capsys):
+    from importlib.resources import files
+    from shutil import copytree
+
+    folder, texts = copytree(str(files("recipes") / "demo"), tmp_path / "teacher"), []
+    path = folder / "generation_config.json"
+    odd = {"num_return_sequences": 3, "max_length": 5, "num_beams": 3, "penalty_alpha": 0.6, "top_k": 4}
+    for settings in ({}, odd):
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        assert cli.generate_main([str(folder), "Once upon", "--max-new-tokens", "8", "--device", "cpu"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_a_prompt_beyond_the_range_of_the_model_is_noted(capsys):
+    assert cli.generate_main(["demo", "word " * 300, "--max-new-tokens", "1", "--device", "cpu"]) == 0
+    assert "note: the prompt has 602 tokens; the model is made for 512\n" in capsys.readouterr().err
 
 
 def test_generate_takes_what_convert_takes(capsys, tmp_path):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 
 from deltanet.config import DeltaNetConfig
-from deltanet.errors import DeltanetError, UserError
+from deltanet.errors import DeltanetError, UserError, one_line
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..command import load_tokenizer
@@ -96,7 +96,7 @@ def _config(folder: Path, raw: dict, found: Verified) -> tuple[DeltaNetConfig | 
     except UserError as error:
         found.problems.append(str(error))
     except Exception as error:  # transformers' validators raise many kinds; all of them mean a bad file
-        found.problems.append(f"config.json: {_first_line(error)}")
+        found.problems.append(f"config.json: {one_line(error)}")
     return None, {}
 
 
@@ -202,7 +202,7 @@ def check_card(text: str, where: str) -> None:
     try:
         card = ModelCard(text)
     except Exception as error:  # PyYAML and the card's own checks raise many kinds
-        raise UserError(f"{where}: its YAML head cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{where}: its YAML head cannot be read: {one_line(error)}") from None
     if not card.data.to_dict():
         raise UserError(f"{where}: has no YAML head between two lines ---")
 
@@ -226,7 +226,7 @@ def _use(folder: Path, raw: dict, found: Verified) -> None:
         out = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=1, do_sample=False, pad_token_id=0)
         found.text = tokenizer.decode(out[0]) if tokenizer else str(out[0].tolist())
     except Exception as error:  # whatever goes wrong here, the folder cannot be used
-        found.problems.append(f"does not load and generate: {_first_line(error)}")
+        found.problems.append(f"does not load and generate: {one_line(error)}")
 
 
 def _reader(raw: dict):
@@ -240,8 +240,3 @@ def _reader(raw: dict):
     if raw.get("model_type") in REWRITTEN["qwen3_5"].MODEL_TYPES:
         return lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     return load_student if raw.get("model_type") == DeltaNetConfig.model_type else load_teacher
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

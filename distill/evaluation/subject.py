@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.command import load_tokenizer
 from convert.sources import open_source
 from deltanet import DeltaNetConfig
 from deltanet.errors import UserError
-from deltanet.generate import pick_device, pick_dtype
+from deltanet.generate import load_model, pick_device, pick_dtype
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,11 @@ def load_subject(path: str | Path, *, device: str = "auto", dtype: str = "auto")
     where, kind = pick_device(device), pick_dtype(dtype)
     if kind == "auto" and where.type == "cpu":
         kind = torch.float32
-    logging.disable_progress_bar()
     with open_source(str(path)) as source:
         tokenizer = load_tokenizer(source.folder)
         if tokenizer is None:
             raise UserError(f"{path}: has no tokenizer (no tokenizer.json), so no text can be read")
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(source.folder, dtype=kind, output_loading_info=True)
-        except UserError:
-            raise
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{path}: cannot be loaded: {reason}") from error
-    for what in ("missing", "unexpected", "mismatched"):
-        if names := sorted(map(str, info.get(f"{what}_keys") or ())):
-            raise UserError(f"{path}: the weights do not fit the configuration: {what} {', '.join(names[:5])}")
+        model = load_model(source.folder, kind, str(path))
     model = model.to(where).eval().requires_grad_(False)
     longest = model.config.get_text_config().max_position_embeddings
     return Subject(str(path), model, tokenizer, where, model.dtype, longest)
