@@ -9,7 +9,6 @@ import copy
 import errno
 import inspect
 import json
-import re
 import resource
 import shutil
 import sys
@@ -33,12 +32,12 @@ from .publish.files import README, RECORD
 from .publish.licences import from_head
 from .publish.manifest import MANIFEST, as_manifest
 from .publish.provenance import list_of, provenance, public_name
+from .sizes import parse_size
 from .sources import COMPANIONS, Source, open_source
 from .staging import Staging, check_target
 
 GENERATION = "generation_config.json"
 GATES = {"read": (True, False), "output": (False, True), "both": (True, True), "none": (False, False)}
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def convert(
@@ -278,14 +277,6 @@ def load_tokenizer(folder: Path):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise many kinds; each means the same to the user
         raise UserError(f"{folder}: unreadable tokenizer: {one_line(error)}") from None
-
-
-def parse_size(option: str, text: str) -> int:
-    """Bytes of `5GB`, `500MB`, `2GiB` or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2].upper() not in UNITS or not float(match[1]):
-        raise UserError(f"{option} {text}: not a size; write it like 5GB, 500MB or 2GiB")
-    return max(int(float(match[1]) * UNITS[match[2].upper()]), 1)
 
 
 def _calibrate(

@@ -23,11 +23,12 @@ class Interrupted(DeltanetError):
 
 
 def nearest(value: str, allowed: list[str]) -> str:
-    """``" (did you mean 'x'?)"`` when a close spelling is allowed, else an empty string."""
+    """``" (did you mean 'x'?)"`` when a close spelling is allowed, in either case, else an empty string."""
     import difflib
 
-    close = difflib.get_close_matches(value, allowed, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    spelt = {name.lower(): name for name in allowed}
+    close = [] if value in allowed else difflib.get_close_matches(value.lower(), spelt, n=1)
+    return f" (did you mean {spelt[close[0]]!r}?)" if close else ""
 
 
 LONGEST_REASON = 300

@@ -37,7 +37,7 @@ def export(
     out: Path,
     *,
     dtype: str = "auto",
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
     recipe: str,
     report: dict | None = None,
 ) -> int:
@@ -92,7 +92,7 @@ def check_formats(formats: Sequence[str], config: DeltaNetConfig, stages: Sequen
             check_format(name, config, "export.formats:")
 
 
-def write_formats(out: Path, formats: Sequence[str], max_shard_size: str) -> list[Path]:
+def write_formats(out: Path, formats: Sequence[str], max_shard_size: int) -> list[Path]:
     """Writes the finished export `out` in every other format beside it, as export-FORMAT, and returns the folders."""
     others = [name for name in formats if name != OWN]
     return [

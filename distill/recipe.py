@@ -73,7 +73,9 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recip
 def _read(text: str, origin: str, overrides: Sequence[str]) -> _Raw:
     value, lines = read_yaml(text, origin)
     if not isinstance(value, dict):
-        raise UserError(f"{origin}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+        raise UserError(
+            f"{origin}: got {_name(value)}; a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}"
+        )
     raw = _Raw(value, origin, {key: f"{origin}:{line}" for key, line in lines.items()})
     for override in overrides:
         _override(raw, override)
@@ -155,15 +157,16 @@ def _override(raw: _Raw, text: str) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
-            names = [str(item.get("name") or item.get("kind")) for item in node if isinstance(item, dict)]
+            names = _called(node, tuple(path))
             step = int(part) if part.isdecimal() else names.index(part) if part in names else len(node)
             if step >= len(node):
-                choice = [*map(str, range(len(node))), *names]
-                raise UserError(f"{place}: {part!r} is none of {', '.join(choice)}{nearest(part, names)}")
+                known = [name for name in names if name is not None]
+                choice = [*map(str, range(len(node))), *known]
+                raise UserError(f"{place}: {part!r} is none of {', '.join(choice)}{nearest(part, known)}")
         elif isinstance(node, dict):
             step = part
             if not last and node.get(step) is None:
-                node[step] = {}
+                node[step] = copy.deepcopy(_defaults_of(node).get(step, {}))
         else:
             raise UserError(f"{place}: {'.'.join(parts[:depth])} is a plain value, it has no {part!r}")
         path.append(step)
@@ -197,37 +200,58 @@ def _resolve(value: dict) -> dict:
     """A copy with the defaults that depend on other keys filled in, and `{recipes}` replaced."""
     value = _with_folder(copy.deepcopy(value))
     stages = value.get("stages")
-    kinds: list = []
     for stage in stages if isinstance(stages, list) else []:
         if not isinstance(stage, dict):
             continue
-        kind = stage.get("kind")
-        kinds.append(kind)
-        for key, default in DEFAULTS_OF.get(kind if isinstance(kind, str) else "", {}).items():
+        for key, default in _defaults_of(stage).items():
             stage.setdefault(key, copy.deepcopy(default))
         for loss in stage["losses"] if isinstance(stage.get("losses"), list) else []:
             if isinstance(loss, dict) and loss.get("name") == "dpo":
                 loss.setdefault("beta", DEFAULTS_OF["dpo"]["losses"][0]["beta"])
-        if stage.get("name") is None and isinstance(kind, str):
-            stage["name"] = kind if kinds.count(kind) == 1 else f"{kind}{kinds.count(kind)}"
-    _name_sources(value.get("data"), USUAL_NAME)
-    _name_sources(value.get("evaluation"), "evaluation")
+    _fill_names(stages, ("stages",))
+    for section in ("data", "evaluation"):
+        sources = value[section].get("sources") if isinstance(value.get(section), dict) else None
+        for source in sources if isinstance(sources, list) else []:
+            if isinstance(source, dict) and source.get("task") is not None:
+                source.setdefault("kind", "task")
+        _fill_names(sources, (section, "sources"))
     return value
 
 
-def _name_sources(section: Any, of_written: str) -> None:
-    """Names by file or data set; `of_written` is that of what the teacher writes."""
-    sources = section.get("sources") if isinstance(section, dict) else None
-    for source in sources if isinstance(sources, list) else []:
-        if isinstance(source, dict) and source.get("task") is not None:
-            source.setdefault("kind", "task")
-        if isinstance(source, dict) and source.get("name") is None:
-            place = source.get("path") or source.get("dataset") or source.get("task")
-            place = place[0] if isinstance(place, list) and place else place
-            if isinstance(place, str):
-                source["name"] = Path(place).name.split(".")[0]
-            elif source.get("from_teacher") is not None:
-                source["name"] = of_written
+def _defaults_of(stage: dict) -> dict:
+    """What a stage of this kind has where it says nothing."""
+    kind = stage.get("kind")
+    return DEFAULTS_OF.get(kind, {}) if isinstance(kind, str) else {}
+
+
+def _fill_names(items: Any, path: KeyPath) -> None:
+    for item, name in zip(items, _called(items, path)) if isinstance(items, list) else ():
+        if name is not None:
+            item["name"] = name
+
+
+def _called(items: list, path: KeyPath) -> list[str | None]:
+    """What the stages, sources or losses in the list at `path` are called: what they say, or else by kind or place."""
+    names, kinds = [], []
+    for item in items:
+        item = item if isinstance(item, dict) else {}
+        name, kind = item.get("name"), item.get("kind")
+        kinds.append(kind)
+        if name is None and path == ("stages",) and isinstance(kind, str):
+            name = kind if kinds.count(kind) == 1 else f"{kind}{kinds.count(kind)}"
+        elif name is None and path[-1] == "sources":
+            name = _usual_name(item, USUAL_NAME if path[0] == "data" else "evaluation")
+        names.append(name if isinstance(name, str) else None)
+    return names
+
+
+def _usual_name(source: dict, of_written: str) -> str | None:
+    """A source's name by file or data set; `of_written` is that of what the teacher writes."""
+    place = source.get("path") or source.get("dataset") or source.get("task")
+    place = place[0] if isinstance(place, list) and place else place
+    if isinstance(place, str):
+        return Path(place).name.split(".")[0]
+    return of_written if source.get("from_teacher") is not None else None
 
 
 def _with_folder(value: Any) -> Any:
@@ -245,7 +269,7 @@ def _path(loc: tuple, value: Any) -> KeyPath:
 
 def _first(raw: _Raw, complaints: list[tuple[KeyPath, str]], culprits: dict) -> UserError:
     places = []
-    for complaint in complaints:
+    for complaint in dict.fromkeys(complaints):
         path, message = complaint
         culprit = culprits[complaint]
         where = raw.place(path) if culprit is None else f"{COMMAND_LINE} {culprit}: {dotted(path)}".removesuffix(": ")
@@ -259,6 +283,8 @@ def _first(raw: _Raw, complaints: list[tuple[KeyPath, str]], culprits: dict) -> 
 
 _EXPECTED = {
     "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "too_short": "at least one entry",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
@@ -283,6 +309,8 @@ def _explain(error: dict) -> str:
     if kind == "literal_error":
         allowed = context["expected"].replace(" or ", ", ").replace("'", "")
         return f"got {_name(got)}, allowed: {allowed}{nearest(str(got), allowed.split(', '))}"
+    if kind == "value_error":
+        return str(context["error"])
     if kind in _EXPECTED:
         return f"got {_name(got)}, expected {_EXPECTED[kind]}"
     for limit, word in _LIMITS.items():
@@ -294,8 +322,9 @@ def _explain(error: dict) -> str:
 def _name(value: Any) -> str:
     if value is None:
         return "nothing"
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
+    if isinstance(value, dict | list | tuple):
+        what = "mapping" if isinstance(value, dict) else "list"
+        return f"a {what}" if value else f"an empty {what}"
     shown = repr(mask(value)) if isinstance(value, str) else str(value).lower()
     return f"{shown} (text)" if isinstance(value, str) else shown
 

@@ -63,8 +63,9 @@ def broken_rules(recipe: Recipe) -> Broken:
             yield from _check_task(source, path)
             if source.from_teacher is not None and source.kind == "preference":
                 yield (*path, "kind"), "the teacher writes texts and chats; `from_teacher:` makes no preferences"
-            if source.dataset is None and (source.config or source.revision):
-                yield path, "`config:` and `revision:` belong to `dataset:`"
+            for key in ("config", "revision", "split") if source.dataset is None else ():
+                if getattr(source, key) != Source.model_fields[key].default:
+                    yield (*path, key), f"`{key}:` belongs to `dataset:`"
     written = [source.name for source in recipe.data.sources if source.from_teacher is not None]
     for index, source in enumerate(recipe.evaluation.sources):
         if source.from_teacher is not None and source.name in written:
@@ -226,6 +227,8 @@ def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> Broken:
     batch = stage.batch_size or recipe.training.batch_size
     micro = stage.micro_batch_size or recipe.training.micro_batch_size
     if batch % micro:
-        yield path, f"its batch of {batch} sequences is no multiple of its micro-batch of {micro}"
+        own = [(*path, key) for key in ("micro_batch_size", "batch_size") if getattr(stage, key) is not None]
+        where = own[0] if own else ("training", "batch_size")
+        yield where, f"a batch of {batch} sequences is no multiple of a micro-batch of {micro}"
     if stage.steps is not None and stage.warmup_steps > stage.steps:
         yield (*path, "warmup_steps"), f"{stage.warmup_steps} is more than the stage's {stage.steps} steps"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from convert.sizes import parse_size
 from deltanet import DeltaNetForCausalLM, load_student
 
 from .evaluation.at_end import evaluate_export
@@ -47,7 +48,7 @@ def write_results(
     }
     num_parameters = sum(parameter.numel() for parameter in finished.parameters())
     facts = facts | {"samples": samples, "parameters": num_parameters, "export": str(out)}
-    shown, size = show(recipe), options.max_shard_size
+    shown, size = show(recipe), parse_size("export.max_shard_size", options.max_shard_size)
     export(student, companions, out, dtype=options.dtype, max_shard_size=size, recipe=shown, report=facts)
     print(write_report(folder, facts, read_metrics(folder / "metrics.jsonl")))
     print(f"\nexport   {out}")

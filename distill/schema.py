@@ -6,20 +6,53 @@ them. Rules that join several keys are in `recipe.py`. Twin: tests/distill/test_
 
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
 from convert.compat import DEFAULTS as MIXER_DEFAULTS
 from convert.compat import resolve
+from convert.sizes import parse_size
 from deltanet.errors import UserError
 
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Field(strict=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Text = Annotated[str, Field(min_length=1)]
 _one_or_many = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-Names = Annotated[
-    Many[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), WithJsonSchema(_one_or_many)
-]
+_as_list = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Names = Annotated[Many[Text], _as_list, WithJsonSchema(_one_or_many)]
+SomeNames = Annotated[Names, Field(min_length=1)]
+
+
+def _as_size(text: str) -> str:
+    parse_size("got", text)
+    return text
+
+
+def _as_stage_name(text: str) -> str:
+    """Folders are called so, and overrides tell stages by it or by their number."""
+    if not text.strip() or "/" in text or text.startswith(".") or text.isdecimal():
+        raise ValueError(f"got {text!r}, but a stage's name is no number, begins with no '.' and has no '/' in it")
+    return text
+
+
+def _no_bool(value: object) -> object:
+    """A Literal takes true for 1."""
+    if isinstance(value, bool):
+        raise PydanticKnownError("int_type")
+    return value
+
+
+Size = Annotated[str, AfterValidator(_as_size)]
 
 
 class Section(BaseModel):
@@ -30,11 +63,11 @@ class Cache(Section):
     """The teacher's likeliest next tokens on disk (docs/distil.md), so that it need not be in memory to train."""
 
     top_k: int = Field(64, gt=0, description="tokens kept of every target; the others count as one")
-    folder: str | None = Field(None, description="which runs may share; None: `logits` in the run's own")
+    folder: Text | None = Field(None, description="which runs may share; None: `logits` in the run's own")
 
 
 class Teacher(Section):
-    model: str = Field(description="a checkpoint folder, a Hub id (owner/name), or a preset such as demo or llama-1b")
+    model: Text = Field(description="a checkpoint folder, a Hub id (owner/name), or a preset such as demo or llama-1b")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub repository")
     dtype: Dtype = Field("auto", description="of the weights in memory; auto is the training dtype")
     shard: Literal["auto", "on", "off"] = Field(
@@ -47,7 +80,7 @@ class Teacher(Section):
 class Mixer(Section):
     """Which layers keep attention, and what the others have; names and defaults of deltanet-convert."""
 
-    hybrid: str = Field(
+    hybrid: Text = Field(
         "global2", description="global2, swa[:WINDOW], every:N, none, all, layers:1,5,9, RANKING.json:N"
     )
     mixer: Literal["gated_delta", "delta"] = "gated_delta"
@@ -55,7 +88,7 @@ class Mixer(Section):
     skip_conv: int = Field(4, ge=0, description="tokens of v that bypass the state")
     conv: int = Field(0, ge=0, description="kernel of the convolution over q, k, v; 0 is off")
     gate: Literal["read", "output", "both", "none"] = "read"
-    beta_range: Literal[1, 2] = 1
+    beta_range: Annotated[Literal[1, 2], BeforeValidator(_no_bool)] = 1
 
 
 class Convert(Mixer):
@@ -65,9 +98,9 @@ class Convert(Mixer):
         None, description="make a student that export.formats can write in this format; sets mixer options"
     )
     dtype: Dtype = "auto"
-    max_shard_size: str = "5GB"
-    calibrate: Names = Field(("self",), description="text files, self (the teacher writes) or none (plain copy)")
-    held_out: str | None = None
+    max_shard_size: Size = "5GB"
+    calibrate: SomeNames = Field(("self",), description="text files, self (the teacher writes) or none (plain copy)")
+    held_out: Text | None = None
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="before")
@@ -86,7 +119,7 @@ class New(Mixer):
     """A student of random weights, to be trained from nothing without a teacher. Attention layers have RoPE, linear
     ones none."""
 
-    tokenizer: str | None = Field(None, description="checkpoint folder whose tokenizer it has; None: made-up words")
+    tokenizer: Text | None = Field(None, description="checkpoint folder whose tokenizer it has; None: made-up words")
     vocabulary: int = Field(256, gt=0, description="tokens of the made-up words; for generated tasks")
     layers: int = Field(2, gt=0)
     hidden_size: int = Field(64, gt=0)
@@ -100,7 +133,7 @@ class New(Mixer):
 
 
 class Student(Section):
-    model: str | None = Field(None, description="folder that deltanet-convert made; made now if `convert` is given")
+    model: Text | None = Field(None, description="folder that deltanet-convert made; made now if `convert` is given")
     new: New | None = Field(None, description="makes the student from nothing, instead of `convert`")
     convert: Convert | None = Field(None, description="makes the student from the teacher where the folder is absent")
 
@@ -109,9 +142,9 @@ USUAL_NAME = "teacher"  # of a source with `from_teacher` that is given none
 
 
 class Source(Section):
-    name: str | None = Field(None, description="what stages call it; by default the file's name")
-    path: Names | None = Field(None, description="local files or globs: txt, jsonl, json, parquet, each also .gz")
-    dataset: str | None = Field(None, description="Hub data set (owner/name), instead of path")
+    name: Text | None = Field(None, description="what stages call it; by default the file's name")
+    path: SomeNames | None = Field(None, description="local files or globs: txt, jsonl, json, parquet, each also .gz")
+    dataset: Text | None = Field(None, description="Hub data set (owner/name), instead of path")
     from_teacher: int | None = Field(None, gt=0, description="tokens that the teacher writes itself, instead of path")
     task: str | None = Field(None, description="a generated task (docs/tasks.md), instead of path")
     options: dict[str, int | float | str] = Field({}, description="of the task, such as length: 64")
@@ -123,8 +156,8 @@ class Source(Section):
     kind: Literal["text", "chat", "preference", "task"] = Field(
         "text", description="plain documents, conversations, pairs of a chosen and a rejected answer; a task's own"
     )
-    field: str | None = Field(None, description="key of the text or of the messages; found by itself if None")
-    separator: str | None = Field(None, description="what parts the documents of a txt file; None: one document a file")
+    field: Text | None = Field(None, description="key of the text or of the messages; found by itself if None")
+    separator: Text | None = Field(None, description="what parts the documents of a text file; None: a file is one")
     weight: float | None = Field(None, gt=0, description="share of the sequences; None: by its number of sequences")
     max_documents: int | None = Field(None, gt=0)
 
@@ -185,15 +218,17 @@ class Loss(Section):
 class Lora(Section):
     rank: int = Field(16, gt=0)
     alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
-    targets: Names = Field(("q_proj", "k_proj", "v_proj", "o_proj"), description="matrices, of those trained")
+    targets: SomeNames = Field(("q_proj", "k_proj", "v_proj", "o_proj"), description="matrices, of those trained")
 
 
 class Stage(Section):
-    name: str | None = Field(None, description="by default the kind, with a number where it repeats")
+    name: Annotated[str, AfterValidator(_as_stage_name)] | None = Field(
+        None, description="by default the kind, with a number where it repeats"
+    )
     kind: Literal[KINDS]
     steps: int | None = Field(None, gt=0, description="optimizer steps; or say tokens")
     tokens: int | None = Field(None, gt=0, description="to see, rounded up to whole steps; of convert_step: to fit on")
-    trainable: Names = Field(("all",), description="mixers, all, attention, or patterns of parameter names")
+    trainable: SomeNames = Field(("all",), description="mixers, all, attention, or patterns of parameter names")
     lora: Lora | None = Field(None, description="low-rank adapters on matrices of the set; the rest of it trains whole")
     lr: float = Field(1e-4, ge=0, description="peak learning rate")
     lr_groups: dict[str, Annotated[float, Field(ge=0)]] = Field({}, description="peak rate of a set or pattern")
@@ -207,7 +242,7 @@ class Stage(Section):
     losses: Many[Loss] = ()
     sources: Many[str] = Field((), description="names of data.sources; () is all that the kind can read")
     seq_len: int | None = Field(None, ge=2, description="instead of data.seq_len")
-    hybrid: str | None = Field(None, description="of convert_step: which layers still keep attention after it")
+    hybrid: Text | None = Field(None, description="of convert_step: which layers still keep attention after it")
     prompt_tokens: int = Field(32, gt=0, description="of onpolicy: how much of a text is the prompt; chats say it")
     completion_tokens: int = Field(128, gt=0, description="of onpolicy: the most that the student writes after it")
     batch_size: int | None = Field(None, gt=0, description="instead of training.batch_size")
@@ -238,7 +273,9 @@ class Training(Section):
 
 
 class DeepSpeed(Section):
-    stage: Literal[0, 1, 2, 3] = Field(0, description="ZeRO: what is sharded over the processes")
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = Field(
+        0, description="ZeRO: what is sharded over the processes"
+    )
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"
     extra: dict = Field({}, description="further keys of DeepSpeed's own configuration")
@@ -249,14 +286,14 @@ class Logging(Section):
     tensorboard: bool = False
     wandb: bool = False
     trackio: bool = False
-    project: str = "deltanet"
+    project: Text = "deltanet"
 
 
 class Evaluation(Section):
     every_steps: int | None = Field(None, gt=0, description="None: at the end of every stage")
     tokens: int = Field(65536, gt=0, description="held-out tokens to measure on")
     sources: Many[Source] = Field((), description="instead of data.held_out")
-    prompt: str = Field("Once upon a time", description="continued at the end of the run, to be read")
+    prompt: Text = Field("Once upon a time", description="continued at the end of the run, to be read")
     tasks: Names = Field(
         (), description="at the end: generated tasks by name, all of them, or .jsonl files, as deltanet-eval takes them"
     )
@@ -268,17 +305,17 @@ class Evaluation(Section):
 
 class Export(Section):
     dtype: Dtype = Field("auto", description="auto is the student's own")
-    max_shard_size: str = "5GB"
+    max_shard_size: Size = "5GB"
     formats: Many[Literal["deltanet", "remote", "fla", "qwen3_5"]] = Field(
         ("deltanet",), description="export, which is always written, and further folders, named export-FORMAT"
     )
-    push: str | None = Field(
+    push: Text | None = Field(
         None, description="Hub repository (user/name) to send `export` to; made private if missing"
     )
 
 
 class Recipe(Section):
-    version: Literal[1] = Field(description="of this schema")
+    version: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(description="of this schema")
     teacher: Teacher | None = Field(None, description="needed by every stage and loss that looks at one")
     student: Student
     data: Data = Data()

@@ -15,6 +15,7 @@ from deltanet.errors import UserError
 
 KeyPath = tuple[str | int, ...]
 LARGEST = 100_000  # values in one document, aliases expanded
+SHOWN = 40  # characters of a value in a message
 
 _RULES = [  # (tag, pattern, first characters), tried in this order
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -60,13 +61,15 @@ def read_yaml(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
     lines: dict[KeyPath, int] = {}
     try:
         node = _Loader(text).get_single_node()
+        return (None if node is None else _value(node, (), lines, origin, ())), lines
+    except RecursionError:
+        raise UserError(f"{origin}: not YAML that this can read: nested too deep") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{origin}:{mark.line + 1}" if mark else origin
         raise UserError(f"{where}: not YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{origin}: not YAML: {str(error).splitlines()[0]}") from None
-    return (None if node is None else _value(node, (), lines, origin, ())), lines
 
 
 def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], origin: str, above: tuple) -> Any:
@@ -110,7 +113,8 @@ def _scalar(tag: str, text: str, where: str) -> Any:
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
         number = float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
     except (ValueError, KeyError):
-        raise UserError(f"{where}: {text!r} is not a value of the tag {tag}") from None
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        raise UserError(f"{where}: {shown!r} is not a value of the tag {tag}") from None
     if not math.isfinite(number):
         raise UserError(f"{where}: {text} is not a finite number")
     return number

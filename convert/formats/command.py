@@ -42,7 +42,7 @@ def check_format(name: str, config: DeltaNetConfig, where: str) -> None:
 
 
 def write_format(
-    student: str | Path, output: str | Path, name: str, *, overwrite: bool = False, max_shard_size: str = "5GB"
+    student: str | Path, output: str | Path, name: str, *, overwrite: bool = False, max_shard_size: int | str = "5GB"
 ) -> Path:
     """Writes the folder `student` to the folder `output` in the format `name` and returns `output`.
 
@@ -102,7 +102,7 @@ def _copy(student: Path, folder: Path, with_weights: bool) -> None:
 
 
 @torch.no_grad()
-def _rewrite(model: DeltaNetForCausalLM, folder: Path, form: ModuleType, max_shard_size: str) -> dict:
+def _rewrite(model: DeltaNetForCausalLM, folder: Path, form: ModuleType, max_shard_size: int | str) -> dict:
     """Writes the weights and returns config.json."""
     from huggingface_hub import save_torch_state_dict
 

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cli
 from convert import convert
-from convert.command import parse_size
 from convert.sources import open_source
 from deltanet.errors import UserError
 
@@ -151,14 +150,6 @@ def test_too_little_room_is_said_before_anything_is_written(teacher, tmp_path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match="1,000 are free"):
         convert(teacher, tmp_path / "student", calibrate=["none"])
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("2GiB", 2**31), ("1.5 KB", 1500), ("123", 123)],
-)
-def test_sizes(text, size):
-    assert parse_size("--max-shard-size", text) == size
 
 
 def test_a_head_count_that_does_not_divide_is_a_user_error(tmp_path):

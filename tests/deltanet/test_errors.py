@@ -1,8 +1,8 @@
-"""What other libraries say is told whole, on one line."""
+"""What other libraries say is told whole, on one line; a hint names another spelling, whatever its case."""
 
 import pytest
 
-from deltanet.errors import LONGEST_REASON, one_line
+from deltanet.errors import LONGEST_REASON, nearest, one_line
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,18 @@ from deltanet.errors import LONGEST_REASON, one_line
 )
 def test_a_reason_is_one_line(error, says):
     assert one_line(error) == says
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("mqrr", " (did you mean 'mqar'?)"),
+        ("MQAR", " (did you mean 'mqar'?)"),
+        ("readme.md", " (did you mean 'README.md'?)"),
+        ("mqar", ""),
+        ("zzz", ""),
+        ("", ""),
+    ],
+)
+def test_the_nearest_spelling(value, hint):
+    assert nearest(value, ["needle", "mqar", "README.md"]) == hint

@@ -83,7 +83,21 @@ def test_defaults_by_kind_are_filled_in():
         ("- path: stories.jsonl", "- {path: a.txt, weight: 1}\n    - {path: b.txt}", "every source a weight, or none"),
         ("- path: stories.jsonl", "- {path: a.txt}\n    - {path: b/a.txt}", "data.sources.1.name: 'a' names two"),
         ("sources:\n    - path: stories.jsonl", "sources: []", "r.yaml:8 data.sources: no source of text"),
-        ("batch_size: 8", "batch_size: 9", "its batch of 9 sequences is no multiple of its micro-batch of 2"),
+        ("batch_size: 8", "batch_size: 9", "r.yaml:17 training.batch_size: a batch of 9 sequences is no multiple"),
+        ("hybrid: global2", "hybrid: ''", "r.yaml:6 student.convert.hybrid: got '' (text), expected text that"),
+        ("hybrid: global2", "calibrate: []", "student.convert.calibrate: got an empty list, expected at least one"),
+        ("hybrid: global2", "beta_range: true", "student.convert.beta_range: got true, expected a whole number"),
+        ("hybrid: global2", "max_shard_size: 5XB", "student.convert.max_shard_size: got 5XB: not a size; write it"),
+        ("model: demo", "model: ''", "r.yaml:3 teacher.model: got '' (text), expected text that is not"),
+        ("stories.jsonl", "[]", "r.yaml:9 data.sources.0.path: got an empty list, expected at least one"),
+        ("stories.jsonl", "a.txt\n      separator: ''", "data.sources.0.separator: got '' (text), expected text that"),
+        ("stories.jsonl", "a.txt\n      split: test", "r.yaml:10 data.sources.0.split: `split:` belongs to `dataset:`"),
+        ("lr: 1e-4", "trainable: []", "r.yaml:15 stages.1.trainable: got an empty list, expected at least one"),
+        ("lr: 1e-4", "lora: {targets: []}", "stages.1.lora.targets: got an empty list, expected at least one"),
+        ("lr: 1e-4", "name: a/b", "r.yaml:15 stages.1.name: got 'a/b', but a stage's name is no number"),
+        ("training:", "evaluation: {prompt: ''}\ntraining:", "r.yaml:16 evaluation.prompt: got '' (text), expected"),
+        ("training:", "export: {max_shard_size: 0GB}\ntraining:", "export.max_shard_size: got 0GB: not a size"),
+        ("training:", "deepspeed: {stage: true}\ntraining:", "deepspeed.stage: got true, expected a whole number"),
         ("training:", "deepspeed:\n  stage: 4\ntraining:", "r.yaml:17 deepspeed.stage: got 4, allowed: 0, 1, 2, 3"),
         ("training:", "deepspeed:\n  extra: {fp16: 1}\ntraining:", "deepspeed.extra.fp16: decided by training.dtype"),
         ("training:", "deepspeed:\n  offload_parameters: cpu\ntraining:", "needs deepspeed.stage 3"),
@@ -120,15 +134,38 @@ def test_a_recipe_without_stages_is_refused():
 
 @pytest.mark.parametrize("text", ["", "- a\n", "just text\n"])
 def test_a_file_that_is_no_mapping_is_refused(text):
-    with pytest.raises(UserError, match=r"^r.yaml: a recipe is a mapping with the keys version, teacher, student"):
+    with pytest.raises(UserError, match=r"^r.yaml: got .*; a recipe is a mapping with the keys version, teacher"):
         parse_recipe(text, "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "override", "message"),
+    [
+        ("", "", "data.sources.1.seed=1", "data.sources.1.seed: '1' is none of 0, stories"),
+        ("- path: stories.jsonl", "- seed: 1", "data.sources.x.seed=1", "data.sources.x.seed: 'x' is none of 0"),
+        ("", "", "data.sources.chats.seed=1", "data.sources.chats.seed: 'chats' is none of 0, stories"),
+        ("kind: distil", "kind: align", "stages.align3.lr=1", "'align3' is none of 0, 1, align, align2 (did you mean"),
+        ("", "", "stages.distil.losses.0.name=forwardkl", "losses.0.name: got 'forwardkl' (text), allowed: mixer_l2,"),
+        ("", "", "stages.distil.losses.1.weight=2", "stages.distil.losses.1.weight: '1' is none of 0, forward_kl"),
+    ],
+)
+def test_an_override_names_what_there_is(old, new, override, message):
+    with pytest.raises(UserError, match=f"^command line .*{re.escape(message)}(?!.*None)"):
+        parse(old, new, override)
+
+
+def test_an_override_finds_what_is_called_so_by_default():
+    recipe = parse("", "", "data.sources.stories.max_documents=7", "stages.distil.losses.forward_kl.weight=2")
+    assert recipe.data.sources[0].max_documents == 7
+    assert [(loss.name, loss.weight) for loss in recipe.stages[1].losses] == [("forward_kl", 2)]
+    assert parse("kind: distil", "kind: align", "stages.align2.lr=7").stages[1].lr == 7
+
+
 def test_of_several_overrides_the_one_is_blamed_that_did_it_and_none_for_what_the_file_says():
-    wrong = "training.batch_size=3"
-    with pytest.raises(UserError, match=r"^command line training.batch_size: stages.0: its batch of 3"):
+    wrong = "training.micro_batch_size=3"
+    with pytest.raises(UserError, match=r"^command line training.micro_batch_size: training.batch_size: a batch of 8"):
         parse("", "", "stages.0.lr=1e-5", wrong, "training.seed=2")
-    with pytest.raises(UserError, match=r"^r.yaml:11 stages.0: its batch of 9"):
+    with pytest.raises(UserError, match=r"^r.yaml:17 training.batch_size: a batch of 9"):
         parse("batch_size: 8", "batch_size: 9", "stages.0.lr=1e-5", "training.seed=2")
 
 
@@ -154,8 +191,8 @@ def test_overrides_change_keys_by_place_and_by_name():
         ("--training.seed=1", "command line: '--training.seed=1' is not key.path=value"),
         ("teacher.model.x=1", "command line teacher.model.x: teacher.model is a plain value, it has no 'x'"),
         ("stages.1={kind: distil, steps: 1, lrr: 2}", "command line stages.1.lrr: unknown key"),
-        ("training.batch_size=3", "command line training.batch_size: stages.0: its batch of 3 sequences is no"),
-        ("stages.align.micro_batch_size=5", "command line stages.align.micro_batch_size: stages.0: its batch of 8"),
+        ("training.batch_size=3", "command line training.batch_size: a batch of 3 sequences is no multiple"),
+        ("stages.align.micro_batch_size=5", "command line stages.0.micro_batch_size: a batch of 8 sequences is no"),
         ("deepspeed.offload_parameters=cpu", "command line deepspeed.offload_parameters: needs deepspeed.stage 3"),
         ("student.convert=null", "command line student.convert: student: say `model:`"),
     ],

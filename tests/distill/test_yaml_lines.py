@@ -34,6 +34,8 @@ def test_scalars_follow_yaml_1_2(text, expected):
         ("a: 1\nb:\n  c: 2\n  c: 3\n", r"^r.yaml:4 b.c: the key is there twice, first in line 3$"),
         ("a:\n  - .nan\n", r"^r.yaml:2 a.0: .nan is not a finite number$"),
         ("a: -.inf", r"^r.yaml:1 a: -.inf is not a finite number$"),
+        ("[" * 5000, r"^r.yaml: not YAML that this can read: nested too deep$"),
+        (f"a: 1{'0' * 5000}", r"^r.yaml:1 a: '10{39}\.\.\.' is not a value of the tag int$"),
         ("a: 1e999", r"^r.yaml:1 a: 1e999 is not a finite number$"),
         ("\n1: x", r"^r.yaml:2: the key '1' is not text"),
         ("[a]: x", r"^r.yaml:1: the key .* is not text"),
