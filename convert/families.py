@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from deltanet.config import MOST_LAYERS, DeltaNetConfig
+from deltanet.config import MOST_LAYERS, DeltaNetConfig, refuse_rotary, refuse_sizes
 from deltanet.errors import UserError, nearest, one_line
 
 
@@ -41,6 +41,7 @@ FAMILIES = {
     ),
 }
 
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # Why families that people ask for do not work: what their arithmetic has and the decoder has not.
@@ -130,28 +131,35 @@ def teacher_config(folder: Path) -> DeltaNetConfig:
         layer_types = ["sliding_attention"] * layers
     elif window and family.sliding == "by_layer":
         layer_types = list(source.layer_types)
+    if not window and "sliding_attention" in (getattr(source, "layer_types", None) or ()):
+        raise UserError(f"{where}: layer_types has sliding_attention, but no sliding_window is set")
     rope_layers = None
     if family.rope_layers is not None:
         rope_layers = [bool(rotated) for rotated in getattr(source, family.rope_layers)[:layers]]
+        if len(rope_layers) < layers:
+            raise UserError(f"{where}: {family.rope_layers} has {len(rope_layers)} entries for {layers} layers")
         rope_layers = None if all(rope_layers) else rope_layers
 
     def flag(value: bool | str) -> bool:
         return bool(getattr(source, value)) if isinstance(value, str) else value
 
-    return DeltaNetConfig(
-        **{field: getattr(source, field) for field in COPIED},
-        head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
-        rope_parameters=_rope(raw, source, where),
-        qkv_bias=flag(family.qkv_bias),
-        o_bias=flag(family.o_bias),
-        mlp_bias=flag(family.mlp_bias),
-        qk_norm=family.qk_norm,
-        sliding_window=window if "sliding_attention" in layer_types else None,
-        layer_types=layer_types,
-        rope_layers=rope_layers,
-        source_model_type=raw["model_type"],
-        dtype=source.dtype,
-    )
+    settings = {
+        "head_dim": getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
+        "rope_parameters": _rope(raw, source, where),
+        "qkv_bias": flag(family.qkv_bias),
+        "o_bias": flag(family.o_bias),
+        "mlp_bias": flag(family.mlp_bias),
+        "qk_norm": family.qk_norm,
+        "sliding_window": window if "sliding_attention" in layer_types else None,
+        "layer_types": layer_types,
+        "rope_layers": rope_layers,
+        "source_model_type": raw["model_type"],
+        "dtype": source.dtype,
+    }
+    try:
+        return DeltaNetConfig(**{field: getattr(source, field) for field in COPIED}, **settings)
+    except Exception as error:  # its validators are transformers' too
+        raise UserError(f"{where}: {one_line(error)}") from None
 
 
 def _refuse(raw: dict, where: Path) -> None:
@@ -174,6 +182,15 @@ def _refuse(raw: dict, where: Path) -> None:
         raise UserError(
             f"{where}: the weights are quantised ({name}); convert the float32, bfloat16 or float16 original"
         )
+    refuse_sizes(raw, f"{where}: ")
+    allowed = ["full_attention"] + ["sliding_attention"] * (FAMILIES[kind].sliding != "never")
+    layer_types = raw.get("layer_types") or []
+    for layer_type in layer_types if isinstance(layer_types, list) else [layer_types]:
+        if layer_type not in allowed:
+            raise UserError(f"{where}: layer_types has {layer_type!r}; allowed for {kind}: {', '.join(allowed)}")
+    dtype = raw.get("dtype", raw.get("torch_dtype"))
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"{where}: dtype is {dtype!r}; allowed: {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
     for key, neutral in NEUTRAL.items():
         if raw.get(key) not in neutral:
             raise UserError(
@@ -189,7 +206,7 @@ def _rope(raw: dict, source, where: Path) -> dict:
         raise UserError(f"{where}: rotary settings per layer type are not supported: {written!r}")
     kind = written.get("rope_type", written.get("type", "default"))
     rope = {key: value for key, value in source.rope_parameters.items() if key != "type"}
-    for name in {kind, rope.get("rope_type")}:
+    for name in (kind, rope.get("rope_type")):
         if name not in ROPE_TYPES:
             raise UserError(
                 f"{where}: rope_type {name!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
@@ -197,7 +214,10 @@ def _rope(raw: dict, source, where: Path) -> dict:
             )
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported")
-    base = written.get("rope_theta", raw.get("rope_theta"))
-    if base is not None and rope.get("rope_theta") != base:
-        raise UserError(f"{where}: rope_theta is {base!r}, but transformers reads {rope.get('rope_theta')!r}")
+    refuse_rotary(rope, f"{where}: ")
+    for place in (raw, raw.get("rope_scaling"), raw.get("rope_parameters")):
+        for key in ("rope_theta", "rope_type"):
+            stated = (place or {}).get(key)
+            if stated is not None and stated != rope.get(key):
+                raise UserError(f"{where}: {key} is {stated!r}, but transformers reads {rope.get(key)!r}; say one only")
     return rope

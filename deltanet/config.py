@@ -4,10 +4,12 @@ A family's peculiarities are flags here, never subclasses (`convert/families.py`
 A teacher is the same decoder with no `linear_attention` layer. The model that reads this is `modeling.py`.
 """
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .errors import UserError
+from .errors import UserError, nearest
 
 FORMAT_VERSION = 1
 MOST_LAYERS = 10_000
@@ -15,6 +17,38 @@ MOST_LAYERS = 10_000
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 MIXERS = ("gated_delta", "delta")
 STATE_HEADS = ("shared", "expanded")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+ROTARY = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROTARY_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow")
+
+
+def refuse_sizes(settings: dict, where: str) -> None:
+    """Raises UserError for the first size that is no whole number from 1 on; None stands for a default."""
+    for key in SIZES:
+        value = settings.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"{where}{key} is {value!r}; allowed: 1 or more")
+
+
+def refuse_rotary(settings: dict, where: str) -> None:
+    """Raises UserError for the first rotary setting whose value makes no frequencies."""
+    for key in (*ROTARY, *ROTARY_OPTIONAL):
+        value = settings.get(key)
+        if key not in settings or (value is None and key in ROTARY_OPTIONAL):
+            continue
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{where}{key} is {value!r}; allowed: a number above 0")
+    low, high = settings.get("low_freq_factor", 0), settings.get("high_freq_factor", math.inf)
+    if low >= high:
+        raise UserError(f"{where}low_freq_factor is {low!r}; allowed: less than high_freq_factor ({high!r})")
 
 
 @strict
@@ -90,6 +124,7 @@ class DeltaNetConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
+        refuse_sizes(vars(self), "config.")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -131,9 +166,24 @@ class DeltaNetConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise UserError("config.layer_types has sliding_attention, but config.sliding_window is not set")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise UserError(f"config.sliding_window is {self.sliding_window}; allowed: 1 or more")
+        if not 0 <= self.rms_norm_eps < math.inf:
+            raise UserError(f"config.rms_norm_eps is {self.rms_norm_eps}; allowed: 0 or more")
+        if not 0 <= self.attention_dropout < 1:
+            raise UserError(f"config.attention_dropout is {self.attention_dropout}; allowed: 0 to less than 1")
+        refuse_rotary(self.rope_parameters or {}, "config.rope_parameters: ")
+        self._check_activation()
         for field in ("skip_taps", "conv_kernel"):
             if getattr(self, field) < 0:
                 raise UserError(f"config.{field} is {getattr(self, field)}; allowed: 0 (off) or more")
+
+    def _check_activation(self) -> None:
+        from transformers.activations import ACT2FN
+
+        if self.hidden_act not in ACT2FN:
+            guess = nearest(self.hidden_act, list(ACT2FN))
+            raise UserError(f"config.hidden_act is {self.hidden_act!r}; allowed: an activation of transformers{guess}")
 
     @property
     def first_tap(self) -> float:

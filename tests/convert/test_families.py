@@ -19,6 +19,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
 
 def logits(model, ids):
@@ -112,13 +113,64 @@ def test_the_rotary_base_survives_every_generation_of_config(tmp_path):
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"model_type": None}, "None"),
         ({"model_type": "deltanet_hybrid"}, "student already"),
-        ({"num_attention_heads": 0}, "config.json"),
+        ({"num_attention_heads": 0}, r"config.json: num_attention_heads is 0; allowed: 1 or more"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"num_key_value_heads": 3}, r"config.json: .*not a multiple"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"head_dim": "x"}, "head_dim is 'x'"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        (
+            {"rms_norm_eps": "x"},
+            r"'rms_norm_eps': TypeError: Field 'rms_norm_eps' expected float, got str \(value: 'x'",
+        ),
+        ({"attention_dropout": 1.0}, "attention_dropout is 1.0"),
+        ({"hidden_act": "sillu"}, "hidden_act is 'sillu'.*did you mean 'silu'"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'; allowed: float32, bfloat16"),
+        ({"dtype": [1]}, r"dtype is \[1\]"),
+        ({"layer_types": 3}, "layer_types has 3"),
+        ({"layer_types": ["sliding_attention"] * 4}, "allowed for llama: full_attention"),
+        ({"rope_parameters": {"rope_type": [], "rope_theta": 1e4}}, r"rope_type \[\] is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": -1}},
+            "rope_theta is -1; allowed: a number above 0",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "rope_theta is '1e4'"),
+        ({"rope_parameters": LINEAR | {"factor": 0}}, "factor is 0"),
+        (
+            {"rope_parameters": LLAMA3 | {"rope_theta": 1e4, "low_freq_factor": 4.0}},
+            "low_freq_factor is 4.0; allowed: less",
+        ),
+        ({"rope_theta": 5e5}, "rope_theta is 500000.0, but transformers reads 10000.0"),
+        ({"rope_scaling": LINEAR | {"rope_theta": 5e5}}, "rope_theta is 10000.0, but transformers reads 500000.0"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type is 'default', but transformers reads 'linear'",
+        ),
     ],
 )
 def test_arithmetic_that_the_decoder_lacks_is_refused_by_name(teacher, changes, says):
     edit_config(teacher, **changes)
     with pytest.raises(UserError, match=says):
         teacher_config(teacher)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("qwen3", {"layer_types": ["linear_attention"] * 4}, "layer_types has 'linear_attention'"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "layer_types has 'chunked_attention'"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "no sliding_window is set"),
+        ("mistral", {"sliding_window": -1}, "sliding_window is -1; allowed: 1 or more"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 4 layers"),
+    ],
+)
+def test_what_a_family_says_of_its_layers_must_make_sense(family, changes, says, tmp_path):
+    make_teacher(tmp_path / "teacher", family)
+    edit_config(tmp_path / "teacher", **changes)
+    with pytest.raises(UserError, match=says):
+        teacher_config(tmp_path / "teacher")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])

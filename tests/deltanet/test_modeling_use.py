@@ -119,7 +119,17 @@ def test_a_newer_format_is_refused(tmp_path):
         ("layer_types", ["linear_attention"] * 3 + ["linear"]),
         ("layer_types", ["linear_attention"] * 3),
         ("num_key_value_heads", 4),
+        ("num_key_value_heads", 0),
+        ("num_attention_heads", 0),
+        ("vocab_size", -1),
+        ("max_position_embeddings", 0),
+        ("sliding_window", -1),
         ("skip_taps", -1),
+        ("hidden_act", "sillu"),
+        ("rms_norm_eps", -1.0),
+        ("rms_norm_eps", float("nan")),
+        ("attention_dropout", 1.0),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0.0}),
     ],
 )
 def test_a_configuration_out_of_range_names_its_field(field, value):
