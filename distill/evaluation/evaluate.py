@@ -67,6 +67,10 @@ def evaluate(
     other = None if against is None else load_subject(against, device=device, dtype=dtype)
     longest = mine.max_context if other is None else min(mine.max_context, other.max_context)
     check_tokenizers(mine, other)
+    for task in chosen:
+        for subject in (mine, other):
+            if subject is not None:
+                task.check(subject, limit)
     contexts = check_contexts(contexts, longest, mine.device)
     windows = None
     if text != NONE:

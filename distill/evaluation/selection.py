@@ -47,6 +47,11 @@ class Chosen:
             return [result]
         return self.task.run(subject, limit=limit, advance=advance)
 
+    def check(self, subject: Subject, limit: int | None) -> None:
+        """Raises UserError where a row of a standard set is too long for the model, before hours go into others."""
+        if not self.is_generated:
+            self.task.requests(subject, limit)
+
 
 def select(names: Sequence[str], option: str = "--tasks") -> list[Chosen]:
     """The tasks named, each once, in the order given. Raises UserError, headed by `option`, for a name that is neither

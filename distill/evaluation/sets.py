@@ -31,6 +31,10 @@ class Cloze:
     context: str
     continuation: str
 
+    @property
+    def continuations(self) -> tuple[str, ...]:
+        return (self.continuation,)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -40,6 +44,10 @@ class Choice:
     options: tuple[str, ...]
     gold: int
     question: str = ""
+
+    @property
+    def continuations(self) -> tuple[str, ...]:
+        return self.options
 
 
 Row = Cloze | Choice
@@ -60,12 +68,9 @@ class StandardSet:
         advance: Callable[[float], None] = lambda amount: None,
     ) -> list[TaskResult]:
         """The results on the first `limit` rows. `advance(share)` tells how much of the work is done."""
-        rows = self.rows[:limit]
+        rows, plain = self.rows[:limit], self.requests(subject, limit)
         if isinstance(rows[0], Cloze):
-            requests = [encode(subject, row.context, row.continuation) for row in rows]
-            scores = score(subject, requests, advance=lambda n: advance(n / len(requests)))
-            return [_cloze(self.name, rows, scores)]
-        plain = [encode(subject, row.context, option) for row in rows for option in row.options]
+            return [_cloze(self.name, rows, score(subject, plain, advance=lambda n: advance(n / len(plain))))]
         lettered = [request for row in rows for request in _lettered_requests(subject, row)]
         total = len(plain) + len(lettered)
         scores = score(subject, plain + lettered, advance=lambda n: advance(n / total))
@@ -73,6 +78,16 @@ class StandardSet:
             *_choices(self.name, rows, _grouped(scores, rows, lambda row: len(row.options))),
             _letters(self.name, rows, _grouped(scores[len(plain) :], rows, lambda row: len(row.options) ** 2)),
         ]
+
+    def requests(self, subject: Subject, limit: int | None) -> list[Request]:
+        """The continuations of the first `limit` rows. Raises UserError naming the row where one cannot be scored."""
+        found = []
+        for number, row in enumerate(self.rows[:limit], 1):
+            try:
+                found += [encode(subject, row.context, continuation) for continuation in row.continuations]
+            except UserError as error:
+                raise UserError(f"{self.name}, row {number}: {error}") from None
+        return found
 
 
 def read_set(path: str | Path) -> StandardSet:

@@ -86,6 +86,19 @@ def test_wrong_input_is_refused_before_anything_is_measured(options, message, fo
         evaluate(folders[1], **(OPTIONS | {"tasks": ["none"]} | options))
 
 
+def test_a_row_beyond_the_range_is_refused_before_anything_is_measured(folders, tmp_path, monkeypatch):
+    import distill.evaluation.evaluate as module
+
+    monkeypatch.setattr(module, "measure", lambda *a, **k: {})
+    rows = [{"text": "a dog ran"}, {"context": "a dog", "continuation": "ran " * 200}]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = OPTIONS | {"tasks": [str(path)], "text": "none"}
+    with pytest.raises(UserError, match=r"^long, row 2: .* longer than the model's range, 160"):
+        evaluate(folders[0], **options)
+    evaluate(folders[0], **(options | {"limit": 1}))
+
+
 def test_models_of_different_tokenizers_are_not_compared(folders, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folders[0], other)
