@@ -42,7 +42,7 @@ GATES = {"read": (True, False), "output": (False, True), "both": (True, True), "
 
 def convert(
     source: str | Path,
-    output: str | Path,
+    output: str | Path | None,
     *,
     hybrid: str = "global2",
     mixer: str | None = None,
@@ -64,7 +64,7 @@ def convert(
     device: str = "auto",
 ) -> dict:
     """Writes the student of `source` to the folder `output` and returns the report: source, output, layout, tensors,
-    closeness, seconds, peak_rss_mb, notes, and with dry_run the plan instead of an output.
+    closeness, seconds, peak_rss_mb, notes; with dry_run, which needs no `output`, the plan.
 
     `calibrate` is texts (files), `self`, or `none` for the plain copy; it runs on `device` (auto: the first CUDA
     device, else the CPU), and an interrupted one goes on from its last finished layer. Options of the mixer that are
@@ -76,14 +76,16 @@ def convert(
 
     from .formats import check_format
 
-    out = Path(output)
+    out = None if output is None else Path(output)
     options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range, compat)
     where = pick_device(device)
     target_dtype = WEIGHT_DTYPES.get(_one_of("--dtype", dtype, ("auto", *WEIGHT_DTYPES)))
     limit = parse_size("--max-shard-size", max_shard_size)
-    check_target(out, overwrite)
+    if out is not None:
+        check_target(out, overwrite)
     with open_source(str(source), revision, allow_pickle) as opened:
-        check_target(out, True, opened.folder)
+        if out is not None:
+            check_target(out, True, opened.folder)
         teacher = teacher_config(opened.folder)
         layout = parse_layout(hybrid, teacher.layer_types, teacher.sliding_window)
         checkpoint = open_checkpoint(opened.folder, allow_pickle)
@@ -99,7 +101,7 @@ def convert(
             "origin": opened.origin,
             "revision": opened.revision,
             **provenance(opened, given, defaults_of(convert)),
-            "output": str(out),
+            "output": None if out is None else str(out),
             "layout": list(layout.layer_types),
             "picture": layout.picture(),
             "tensors": {"kept": plan.count("copy") + plan.count("cast"), "new": plan.count("new")},
@@ -191,7 +193,7 @@ def run(arguments) -> None:
 
         run_ranking(arguments.rank, options, arguments.json)
         return
-    if arguments.output is None:
+    if arguments.output is None and not arguments.dry_run:
         raise UserError("-o OUT: missing; it names the student's folder, which must not exist")
     if arguments.format is not None:
         _write_format(arguments.format, options, arguments.json)
@@ -250,7 +252,8 @@ def describe(report: dict) -> str:
             lines.append(f"{target:<{width}}  {size:>14}  {num_bytes:>13,} B  {operation}{same}")
         lines += [f"{name}  dropped: {reason}" for name, reason in report["dropped"].items()]
         lines.append(
-            f"{tensors['kept']} tensors kept, {tensors['new']} new, {report['bytes']:,} bytes; nothing written"
+            f"{tensors['kept']} tensors kept, {tensors['new']} new, {report['bytes']:,} bytes; "
+            "nothing calibrated or written"
         )
         return "\n".join(lines)
     kept = f"{tensors['kept']} kept ({tensors['kept_identical']} byte-identical)"

@@ -81,7 +81,7 @@ def test_a_dry_run_prints_every_tensor_and_writes_nothing(teacher, tmp_path, cap
     with safe_open(tmp_path / "student" / "model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118
             assert f"{name} " in text
-    assert run(teacher, "-o", tmp_path / "other", "--dry-run", "--json") == 0
+    assert run(teacher, "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
     assert (
         sum(num_bytes for *_, num_bytes in plan)
