@@ -116,7 +116,9 @@ def convert_parser() -> argparse.ArgumentParser:
         "  deltanet-convert student --format remote -o student-remote\n"
         "  deltanet-convert qwen3-0.6b --compat qwen3_5 -o student",
     )
-    parser.add_argument("source", help="checkpoint folder, .gguf file, preset, Hub id (owner/name), or demo")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="checkpoint folder, .gguf file, preset, Hub id (owner/name), or demo"
+    )
     parser.add_argument(
         "-o", "--output", metavar="OUT", help="the student's folder, or the file of a ranking; it must not exist"
     )
@@ -247,8 +249,10 @@ def generate_parser() -> argparse.ArgumentParser:
         '  deltanet-generate student --chat "What is the capital of France?"\n'
         "  echo 'Once upon' | deltanet-generate student -",
     )
-    parser.add_argument("model", help="checkpoint folder, .gguf file, preset, Hub id (owner/name), or demo")
-    parser.add_argument("prompt", help="the text to continue; - reads standard input")
+    parser.add_argument(
+        "model", metavar="MODEL", help="checkpoint folder, .gguf file, preset, Hub id (owner/name), or demo"
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads standard input")
     parser.add_argument(
         "--chat", action="store_true", help="treat the prompt as a question in the model's chat template"
     )
@@ -291,7 +295,7 @@ def distill_parser() -> argparse.ArgumentParser:
         "Distil a student against its teacher, as a recipe says. A run that was stopped goes on where it was.",
         "examples:\n"
         "  deltanet-distill quickstart\n"
-        "  deltanet-distill recipes/stories.yaml stages.align.steps=100 --output runs/try\n"
+        "  deltanet-distill quickstart stages.align.steps=100 --output runs/try\n"
         "  torchrun --nproc-per-node 8 --no-python deltanet-distill recipes/qwen3-8b.yaml",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
@@ -327,7 +331,7 @@ def eval_parser() -> argparse.ArgumentParser:
         "  deltanet-eval student --tasks piqa.jsonl lambada.jsonl --text none --contexts none\n"
         "  deltanet-eval student --against teacher --contexts 2048 8192 32768 --json",
     )
-    parser.add_argument("student", help="checkpoint folder of a student, or of any transformer")
+    parser.add_argument("student", metavar="STUDENT", help="checkpoint folder of a student, or of any transformer")
     parser.add_argument("--against", metavar="TEACHER", help="the model to compare with: a folder, a preset, a Hub id")
     parser.add_argument(
         "--text",

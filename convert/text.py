@@ -98,7 +98,7 @@ def read_documents(path: str | Path) -> list[Document]:
         content = path.read_bytes()
         content = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: unreadable text: {error}") from None
+        raise UserError(f"{path}: unreadable text: {getattr(error, 'strerror', None) or error}") from None
     kind = [suffix for suffix in path.suffixes if suffix.lower() != ".gz"][-1].lower()
     if kind == ".txt":
         return [content] if content.strip() else []
