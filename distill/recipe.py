@@ -25,6 +25,7 @@ from .schema import DEFAULTS_OF, USUAL_NAME, Recipe, has_key
 from .yaml_lines import KeyPath, dotted, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
+FOLDER = "{recipes}"
 # What a run may change when it is resumed; every other key decides what is computed.
 FREE_KEYS = ("logging", "export", "evaluation", "training.commit_every_steps", "training.commit_every_seconds",
              "training.keep_commits", "training.max_skipped_steps", "teacher.cache.folder")  # fmt: skip
@@ -107,10 +108,11 @@ def _culprit(complaint: tuple[KeyPath, str], raw: _Raw, text: str, overrides: Se
 
 
 def show(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, secrets masked; loading it gives the same recipe."""
+    """The resolved recipe as YAML, secrets masked and `{recipes}` put back, since it is published; loading it gives the
+    same recipe."""
     shown = recipe.model_dump(mode="json")
     shown["stages"] = [{k: v for k, v in stage.items() if has_key(stage["kind"], k)} for stage in shown["stages"]]
-    return write_yaml(mask(shown))
+    return write_yaml(mask(_replaced(shown, str(recipes_folder()), FOLDER)))
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
@@ -198,7 +200,7 @@ def _refuse_secrets(raw: _Raw, value: Any, path: KeyPath) -> None:
 
 def _resolve(value: dict) -> dict:
     """A copy with the defaults that depend on other keys filled in, and `{recipes}` replaced."""
-    value = _with_folder(copy.deepcopy(value))
+    value = _replaced(copy.deepcopy(value), FOLDER, str(recipes_folder()))
     stages = value.get("stages")
     for stage in stages if isinstance(stages, list) else []:
         if not isinstance(stage, dict):
@@ -254,12 +256,13 @@ def _usual_name(source: dict, of_written: str) -> str | None:
     return of_written if source.get("from_teacher") is not None else None
 
 
-def _with_folder(value: Any) -> Any:
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """A copy in which every string has `new` for `old`."""
     if isinstance(value, str):
-        return value.replace("{recipes}", str(recipes_folder())) if "{recipes}" in value else value
+        return value.replace(old, new)
     if isinstance(value, dict):
-        return {key: _with_folder(item) for key, item in value.items()}
-    return [_with_folder(item) for item in value] if isinstance(value, list) else value
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    return [_replaced(item, old, new) for item in value] if isinstance(value, list) else value
 
 
 def _path(loc: tuple, value: Any) -> KeyPath:

@@ -209,6 +209,14 @@ def test_what_is_shown_loads_to_the_same_recipe():
     assert again == recipe
 
 
+def test_what_is_shown_names_no_folder_of_the_machine_for_a_shipped_file():
+    recipe = load_recipe("quickstart")
+    assert recipe.evaluation.sources[0].path == (f"{recipes_folder()}/demo/text.txt",)
+    assert "{recipes}/demo/text.txt" in show(recipe)
+    assert str(recipes_folder()) not in show(recipe)
+    assert parse_recipe(show(recipe), "shown.yaml") == recipe
+
+
 @pytest.mark.parametrize("key", ["lr: 1e-4", "trainable: all", "lora: {rank: 4}", "steps: 3", "warmup_steps: 0"])
 def test_a_conversion_step_refuses_what_only_training_reads_and_shows_none_of_it(key):
     step = "kind: convert_step\n    hybrid: none\n    "
