@@ -46,19 +46,20 @@ def picture(layer_types: Sequence[str], window: int | None = None) -> str:
     return f"{tens}   ({', '.join(used)})"
 
 
-def parse_layout(text: str, teacher_types: list[str], window: int | None = None) -> Layout:
+def parse_layout(text: str, teacher_types: list[str], window: int | None = None, option: str = "--hybrid") -> Layout:
     """The layout that `text` (one of FORMS) gives a teacher with these layer types and this window.
 
     global2 keeps layers 1 and N // 2; every:N keeps the last of each N; swa makes every odd layer sliding.
-    Raises UserError for an unknown form, a layer the teacher does not have, or a count out of range.
+    Raises UserError, headed by `option`, for an unknown form, a layer the teacher lacks, or a count out of range.
     """
     num_layers = len(teacher_types)
     name, _, value = text.partition(":")
+    where = f"{option} {text}"
     if text.rpartition(":")[0].endswith(".json"):
         path, _, count = text.rpartition(":")
-        kept = _ranked(Path(path), _number(text, count, 0, num_layers), num_layers)
+        kept = _ranked(Path(path), _number(where, count, 0, num_layers), num_layers, option)
     elif text.endswith(".json"):
-        raise UserError(f"--hybrid {text}: say how many layers keep attention: {text}:COUNT")
+        raise UserError(f"{where}: say how many layers keep attention: {text}:COUNT")
     elif text == "global2":
         kept = {index for index in (1, num_layers // 2) if index < num_layers}
     elif text == "none":
@@ -66,46 +67,46 @@ def parse_layout(text: str, teacher_types: list[str], window: int | None = None)
     elif text == "all":
         kept = set(range(num_layers))
     elif name == "every" and value:
-        step = _number(text, value, 1, num_layers)
+        step = _number(where, value, 1, num_layers)
         kept = set(range(step - 1, num_layers, step))
     elif name == "layers" and value:
-        kept = {_number(text, index, 0, num_layers - 1) for index in value.split(",")}
+        kept = {_number(where, index, 0, num_layers - 1) for index in value.split(",")}
     elif text == "swa" or (name == "swa" and value):
-        size = _number(text, value, 1, None) if value else DEFAULT_WINDOW
+        size = _number(where, value, 1, None) if value else DEFAULT_WINDOW
         size = min(size, window) if window else size
         return Layout(tuple(SLIDING if index % 2 else LINEAR for index in range(num_layers)), size)
     else:
         guess = nearest(text, [form for form in FORMS if form.islower()])
-        raise UserError(f"--hybrid {text}: unknown layout; allowed: {', '.join(FORMS)}{guess}")
+        raise UserError(f"{where}: unknown layout; allowed: {', '.join(FORMS)}{guess}")
     types = tuple(kind if index in kept else LINEAR for index, kind in enumerate(teacher_types))
     return Layout(types, window if SLIDING in types else None)
 
 
-def _number(text: str, value: str, low: int, high: int | None) -> int:
+def _number(where: str, value: str, low: int, high: int | None) -> int:
     if not re.fullmatch(r"\s*\d+\s*", value) or int(value) < low or (high is not None and int(value) > high):
         allowed = f"{low} to {high}" if high is not None else f"{low} or more"
-        raise UserError(f"--hybrid {text}: {value!r} is not a whole number from {allowed}")
+        raise UserError(f"{where}: {value!r} is not a whole number from {allowed}")
     return int(value)
 
 
-def _ranked(path: Path, count: int, num_layers: int) -> set[int]:
+def _ranked(path: Path, count: int, num_layers: int, option: str) -> set[int]:
     """The first `count` layers of a ranking: a JSON list, or an object with such a list as `ranking`, where the
     layer that most needs attention comes first. Where the object has `num_layers`, it is that of its teacher."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--hybrid {path}: unreadable ranking: {error}") from None
+        raise UserError(f"{option} {path}: unreadable ranking: {error}") from None
     if isinstance(data, dict):
         if data.get("num_layers", num_layers) != num_layers:
             raise UserError(
-                f"--hybrid {path}:{count}: ranks {data['num_layers']} layers, but this teacher has {num_layers}; "
+                f"{option} {path}:{count}: ranks {data['num_layers']} layers, but this teacher has {num_layers}; "
                 "make one of this teacher with --rank"
             )
         data = data.get("ranking", (data.get("closeness") or {}).get("ranking"))
     whole = isinstance(data, list) and all(isinstance(index, int) and 0 <= index < num_layers for index in data)
     if not whole or len(set(data)) != len(data) or len(data) < count:
         raise UserError(
-            f"--hybrid {path}:{count}: the ranking must be a list of {count} or more different layers "
+            f"{option} {path}:{count}: the ranking must be a list of {count} or more different layers "
             f"from 0 to {num_layers - 1}"
         )
     return set(data[:count])

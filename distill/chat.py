@@ -31,7 +31,8 @@ def encode_chat(
         return ids, np.ones(len(ids), bool)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
-        raise UserError(f"{place}: no message of the assistant, so nothing to learn")
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise UserError(f"{place}: no message of the assistant, so nothing to learn; its roles are {roles}")
     begins, ends = np.array(encoding["offset_mapping"]).reshape(-1, 2).T
     supervised = np.zeros(len(ids), bool)
     for turn in turns[-1:] if train_on == "last" else turns:
@@ -66,6 +67,8 @@ def _render(messages: Messages, tokenizer, place: str, prompt: bool = False) -> 
 def _find_turn(messages: Messages, turn: int, whole: str, tokenizer, place: str) -> tuple[int, int]:
     """Where in the rendering the assistant's message `turn` stands, without what the template adds around it."""
     where = f"{place}: the assistant's message {turn}"
+    if not messages[turn]["content"].strip():
+        raise UserError(f"{where} is empty, so there is nothing to learn")
     before = _render(messages[:turn], tokenizer, place, prompt=True) if turn else ""
     if not whole.startswith(before):
         raise UserError(f"{where} cannot be found: the chat template rewrites what comes before it")

@@ -37,7 +37,7 @@ def config_after(stage: Stage, config: DeltaNetConfig) -> DeltaNetConfig:
     if stage.kind != "convert_step":
         return config
     where, before = f"stages.{stage.name}.hybrid: {stage.hybrid}", config.layer_types
-    plain = parse_layout(stage.hybrid, [FULL] * len(before)).layer_types
+    plain = parse_layout(stage.hybrid, [FULL] * len(before), option=f"stages.{stage.name}.hybrid").layer_types
     if not set(plain) <= {LINEAR, FULL}:
         raise UserError(f"{where} makes sliding layers, which no step can; say the layers that keep attention")
     back = [index for index, kind in enumerate(plain) if kind == FULL and before[index] == LINEAR]

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from deltanet.errors import UserError, nearest
+from deltanet.errors import UserError, nearest, one_line
 
 from .schema import Source
 
@@ -34,6 +34,8 @@ def find_files(source: Source) -> list[Path]:
             siblings = [item.name for item in path.parent.glob("*")] if path.parent.is_dir() else []
             raise UserError(f"source {source.name}: {pattern}: no such file{nearest(path.name, siblings)}")
         for file in found:
+            if not file.exists():
+                raise UserError(f"source {source.name}: {file} is a link to a file that is not there")
             if file.is_dir():
                 raise UserError(f"source {source.name}: {file} is a folder; say {file}/*.jsonl or the like")
             if _suffix(file) not in SUFFIXES:
@@ -132,8 +134,12 @@ def _parquet_records(file: Path) -> Iterator[tuple[str, object]]:
                 for record in batch.to_pylist():
                     yield f"{file}[{row}]", record
                     row += 1
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: damaged, or text that is not UTF-8, at row {row} or after: {one_line(error)}"
+        ) from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file}: not a parquet file: {one_line(error)}") from None
 
 
 def _hub_records(source: Source) -> Iterator[tuple[str, object]]:
@@ -163,7 +169,7 @@ def _json(text: str, file: Path, line: int) -> object:
     try:
         return json.loads(text.rstrip())
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{line + error.lineno - 1}: not JSON: {error.msg}") from None
+        raise UserError(f"{file}:{line + error.lineno - 1}: not JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise UserError(f"{file}:{line}: not JSON: nested too deep") from None
 
@@ -203,7 +209,8 @@ def _conversation(record: object, source: Source, place: str) -> Messages:
         raise UserError(f"{place}: expected an object with messages, got {type(record).__name__}")
     field = pick(record, source.field, CHAT_FIELDS)
     if field is None and source.field is None and {"instruction", "output"} <= record.keys():
-        question = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+        asked = [part for part in (record["instruction"], record.get("input")) if part]
+        question = "\n\n".join(asked) if all(isinstance(part, str) for part in asked) else None
         turns: object = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
         field = "instruction"
     elif field is None:

@@ -14,28 +14,26 @@ import torch
 from convert.command import load_tokenizer
 from convert.families import teacher_config
 from convert.sources import open_source
-from deltanet import DeltaNetConfig, DeltaNetForCausalLM
+from deltanet import DeltaNetConfig
 from deltanet.errors import UserError
 
+from .checks import check_recipe, check_student
 from .convert_step import config_after
-from .evaluation.selection import select
-from .export import check_formats, check_push
-from .first_student import check_planned, check_there, planned
+from .first_student import check_free, check_planned, check_there, planned
 from .logit_cache import bytes_a_target, check_top_k
 from .new_student import plan_new
 from .prepare import StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
 from .recipe_rules import is_sharded, uses_cache
 from .schema import Recipe
-from .task_sources import check_tasks, trained_tasks
-from .trainable import parameter_groups, trained_names
+from .task_sources import check_tasks
+from .trainable import check_stage, parameters_of
 from .world import World
 
 
 def describe(recipe: Recipe, cache: Path) -> str:
     """The plan as text; `cache` takes the tokens. Raises UserError for whatever would stop the run at its start."""
     world = World(0, 1, torch.device("cpu"))
-    check_push(recipe.export.push)
-    tasks = [*select(recipe.evaluation.tasks, "evaluation.tasks"), *trained_tasks(recipe.data.sources)]
+    tasks = check_recipe(recipe)
     with contextlib.ExitStack() as stack:
         teacher = None
         if recipe.teacher is None:
@@ -47,7 +45,7 @@ def describe(recipe: Recipe, cache: Path) -> str:
             if tokenizer is None:
                 raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
             config = _student(recipe, teacher)
-        check_formats(recipe.export.formats, config, recipe.stages)
+        check_student(recipe, config, world.device)
         if recipe.student.model and Path(recipe.student.model).is_dir():
             check_tokenizer(Path(recipe.student.model), tokenizer)
         stop = (teacher or config).eos_token_id
@@ -84,6 +82,8 @@ def _student(recipe: Recipe, teacher: DeltaNetConfig) -> DeltaNetConfig:
     folder = Path(recipe.student.model) if recipe.student.model else None
     if recipe.student.convert is None:
         check_there(folder)
+    if folder is not None and not (folder / "config.json").exists():
+        check_free(folder)
     if folder is None or not (folder / "config.json").is_file():
         return planned(recipe, teacher)
     if recipe.student.convert is not None:
@@ -91,22 +91,15 @@ def _student(recipe: Recipe, teacher: DeltaNetConfig) -> DeltaNetConfig:
     return DeltaNetConfig.from_pretrained(folder)
 
 
-def _parameters(config: DeltaNetConfig) -> dict[str, torch.nn.Parameter]:
-    with torch.device("meta"):
-        return dict(DeltaNetForCausalLM(config).named_parameters())
-
-
 def _count(config: DeltaNetConfig) -> int:
-    return sum(parameter.numel() for parameter in _parameters(config).values())
+    return sum(parameter.numel() for parameter in parameters_of(config).values())
 
 
 def _trained(plan: StagePlan, config: DeltaNetConfig) -> int:
     if plan.stage.kind == "convert_step":
         return 0
-    parameters = _parameters(config)
-    names = trained_names(list(parameters), plan.stage, config)
-    parameter_groups({name: parameters[name] for name in names}, plan.stage, config)
-    return sum(parameters[name].numel() for name in names)
+    parameters = parameters_of(config)
+    return sum(parameters[name].numel() for name in check_stage(plan.stage, config))
 
 
 def _stage_line(plan: StagePlan, config: DeltaNetConfig) -> str:

@@ -104,8 +104,11 @@ def write_formats(out: Path, formats: Sequence[str], max_shard_size: int) -> lis
 def check_push(repository: str | None) -> None:
     """Raises UserError, before anything is trained, where `export.push` could not be carried out."""
     if repository is not None:
-        check_repository(repository)
-        require_token(repository)
+        try:
+            check_repository(repository)
+            require_token(repository)
+        except UserError as error:
+            raise UserError(f"export.push: {error}") from None
 
 
 def _own_dtype(folder: Path) -> torch.dtype:

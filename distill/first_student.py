@@ -13,7 +13,7 @@ from convert.families import teacher_config
 from convert.layouts import parse_layout
 from convert.plan import student_config
 from deltanet import DeltaNetConfig
-from deltanet.errors import UserError
+from deltanet.errors import UserError, one_line
 
 from .new_student import mixer_fields, write_new
 from .records import RECIPE, checkpoint_digests, write_whole
@@ -51,22 +51,47 @@ def student_folder(recipe: Recipe, run: Path) -> Path:
 
 
 def check_there(folder: Path) -> None:
-    """Raises UserError where the folder that `student.model` names is no checkpoint."""
+    """Raises UserError where the folder that `student.model` names holds no student."""
     if not (folder / "config.json").is_file():
         raise UserError(
             f"student.model: {folder} is not a checkpoint folder (no config.json), and no `convert:` makes it"
         )
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = found["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"student.model: {folder / 'config.json'} is no configuration: {one_line(error)}") from None
+    if kind != DeltaNetConfig.model_type:
+        raise UserError(f"student.model: {folder} is a {kind} and no student; `convert:` or deltanet-convert makes one")
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError where `student.model` names a folder without a student, in which none can be made."""
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise UserError(f"student.model: {folder} is there and no checkpoint; name a folder that is empty or not there")
+
+
+def check_texts(recipe: Recipe, run: Path) -> None:
+    """Raises UserError where a student is to be converted and a text to fit it on is not there."""
+    wish = recipe.student.convert
+    if wish is None or (student_folder(recipe, run) / "config.json").is_file():
+        return
+    for key, names in (("calibrate", wish.calibrate), ("held_out", (wish.held_out,))):
+        for name in names:
+            if name not in (None, "self", "none") and not Path(name).is_file():
+                raise UserError(f"student.convert.{key}: {name}: no such file")
 
 
 def planned(recipe: Recipe, teacher: DeltaNetConfig) -> DeltaNetConfig:
     """The configuration of the student that `student.convert` makes."""
     wish = recipe.student.convert
-    layout = parse_layout(wish.hybrid, teacher.layer_types, teacher.sliding_window)
+    layout = parse_layout(wish.hybrid, teacher.layer_types, teacher.sliding_window, "student.convert.hybrid")
     return student_config(teacher, layout, **mixer_fields(wish))
 
 
 def check_planned(recipe: Recipe, folder: Path, teacher: DeltaNetConfig) -> None:
     """Raises UserError where the checkpoint in `folder` is not the model that `student.convert` makes."""
+    check_there(folder)
     wanted, found = planned(recipe, teacher).to_dict(), DeltaNetConfig.from_pretrained(folder).to_dict()
     for key in sorted(wanted.keys() - set(_NOT_THE_MODEL)):
         if found.get(key) != wanted[key]:
@@ -79,7 +104,7 @@ def check_planned(recipe: Recipe, folder: Path, teacher: DeltaNetConfig) -> None
 def _convert(recipe: Recipe, run: Path, teacher: Path, say: Callable[[str], None]) -> None:
     note, making, folder = run / MADE_OF, _made_of(recipe, teacher), student_folder(recipe, run)
     if (folder / "config.json").is_file():
-        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+        before = _noted(note)
         if before == making:
             return
         if recipe.student.model is not None:
@@ -89,6 +114,9 @@ def _convert(recipe: Recipe, run: Path, teacher: Path, say: Callable[[str], None
                 raise UserError(f"student.model: {folder} was made otherwise ({what}); delete it, or name another")
             return
         say(f"{folder} is of an earlier try ({_differences(before, making)}) and is made again")
+    elif recipe.student.model is not None:
+        check_free(folder)
+    check_texts(recipe, run)
     note.unlink(missing_ok=True)
     say(f"converts {recipe.teacher.model} to {folder}")
     options = recipe.student.convert.model_dump()
@@ -102,6 +130,14 @@ def _made_of(recipe: Recipe, teacher: Path) -> dict:
     named = [*options["calibrate"], options["held_out"], options["hybrid"].rpartition(":")[0]]
     files = {name: file_digest(Path(name)) for name in named if name and Path(name).is_file()}
     return {"convert": options, "teacher": checkpoint_digests(teacher), "file": files}
+
+
+def _noted(note: Path) -> dict | None:
+    """What the note says; None where it is not there or damaged."""
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _differences(before: dict | None, now: dict) -> str:

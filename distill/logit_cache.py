@@ -166,7 +166,8 @@ def _store(file: Path, tensors: dict[str, np.ndarray], digest: str) -> None:
         save_file(tensors, part, metadata={"made_by": digest, "sha256": _sha256(tensors)})
         part.replace(file)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise DeltanetError(f"{file}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 

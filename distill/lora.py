@@ -41,6 +41,11 @@ def adapted(names: Iterable[str], stage: Stage) -> set[str]:
     return found
 
 
+def adapter_names(matrices: Iterable[str]) -> list[str]:
+    """The names of the adapters that stand for these matrices."""
+    return [name.removesuffix(".weight") + half for name in matrices for half in (_A, _B)]
+
+
 def adapt(student: DeltaNetForCausalLM, names: set[str], stage: Stage, seed: int) -> None:
     """Puts adapters on the matrices `names`, equal on every rank; B starts at zero, so nothing changes at first.
     Which other parameters require a gradient stays as it is."""

@@ -18,6 +18,7 @@ from .schema import Logging
 
 SHOWN_EVERY_SECONDS = 1.0
 SILENT_SECONDS = 10.0
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 class MetricsLog:
@@ -53,11 +54,18 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def check_trackers(logging: Logging) -> None:
+    """Raises UserError where a tracker that the recipe asks for is not installed."""
+    for package, module in TRACKERS.items():
+        if getattr(logging, package):
+            _module(module, package)
+
+
 def trackers(logging: Logging, folder: Path, name: str) -> list[Callable[[dict], None]]:
     """The trackers a recipe asks for; raises UserError where one is not installed."""
     sinks = []
     if logging.tensorboard:
-        writer = _module("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        writer = _module(TRACKERS["tensorboard"], "tensorboard").SummaryWriter(str(folder / "tensorboard"))
         sinks.append(
             lambda record: [writer.add_scalar(k, v, record["total_step"]) for k, v in _numbers(record).items()]
         )

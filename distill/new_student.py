@@ -24,7 +24,7 @@ HALF_LIFE = 1024
 def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
     """(configuration, tokenizer) of the student. Raises UserError for a layout, shape or tokenizer that cannot be."""
     tokenizer = _tokenizer(wish)
-    layout = parse_layout(wish.hybrid, [FULL] * wish.layers)
+    layout = parse_layout(wish.hybrid, [FULL] * wish.layers, option="student.new.hybrid")
     _check_heads(wish)
     config = DeltaNetConfig(
         vocab_size=len(tokenizer),

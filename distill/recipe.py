@@ -154,7 +154,7 @@ def _override(raw: _Raw, text: str) -> None:
     if not equals or not key or key.startswith("-"):
         raise UserError(f"{COMMAND_LINE}: {mask(text)!r} is not key.path=value, such as training.seed=1")
     place = f"{COMMAND_LINE} {key}"
-    value, _ = read_yaml(written, place)
+    value = written if written.startswith("{recipes}/") else _read_value(written, place)
     parts, path, node = key.split("."), [], raw.value
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
@@ -179,6 +179,13 @@ def _override(raw: _Raw, text: str) -> None:
     for old in [old for old in raw.places if old[: len(path)] == tuple(path)]:
         del raw.places[old]
     raw.places[tuple(path)] = COMMAND_LINE
+
+
+def _read_value(written: str, place: str) -> Any:
+    try:
+        return read_yaml(written, place)[0]
+    except UserError as error:
+        raise UserError(str(error).replace(f"{place}:1", place, 1)) from None  # a command line has no lines
 
 
 def _refuse_secrets(raw: _Raw, value: Any, path: KeyPath) -> None:

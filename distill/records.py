@@ -8,13 +8,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from deltanet.errors import UserError
+from deltanet.errors import UserError, one_line
 
 from .prepare import Prepared, StagePlan
 from .recipe import changes, load_recipe, show
@@ -25,6 +26,7 @@ from .world import World
 
 PACKAGES = ("deltanet", "torch", "triton", "transformers", "deepspeed", "peft", "safetensors", "datasets", "numpy")
 RECIPE = "recipe.yaml"
+SHOWN = 8  # differences in a message
 
 
 def check_recipe_unchanged(folder: Path, recipe: Recipe) -> None:
@@ -33,8 +35,9 @@ def check_recipe_unchanged(folder: Path, recipe: Recipe) -> None:
         return
     differences = changes(load_recipe(folder / RECIPE), recipe)
     if differences:
+        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
         raise UserError(
-            f"{folder}: the run was started with another recipe: {'; '.join(differences)}. "
+            f"{folder}: the run was started with another recipe: {'; '.join(differences[:SHOWN])}{more}. "
             "Change it back, or give the new recipe an --output of its own"
         )
 
@@ -58,7 +61,7 @@ def write_records(
     }
     path = folder / "inputs.json"
     if (folder / RECIPE).is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _read_inputs(path, inputs)
         for kind, digests in inputs.items():
             for name in sorted(digests.keys() | before[kind].keys()):
                 if digests.get(name) != before[kind].get(name):
@@ -69,11 +72,25 @@ def write_records(
     write_whole(folder / RECIPE, show(recipe))
 
 
+def _read_inputs(path: Path, kinds: Iterable[str]) -> dict[str, dict]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {kind: dict(stored[kind]) for kind in kinds}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({one_line(error)}), and it says what the run was started with; restore it, or "
+            "give a new run an --output of its own"
+        ) from None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all; a line break ends it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def checkpoint_digests(folder: Path) -> dict[str, str]:

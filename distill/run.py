@@ -36,13 +36,11 @@ from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
 from deltanet.errors import UserError
 
 from . import lora
+from .checks import check_recipe, check_student, engine_settings
 from .commit import Commit, drop_newer, locked, write_commit
-from .convert_step import Untrained, config_after, convert_more, windows
-from .engine import Engine, EngineSettings
+from .convert_step import Untrained, convert_more, windows
+from .engine import Engine
 from .evaluate import compare, mean_parts
-from .evaluation.evaluate import check_contexts
-from .evaluation.selection import select
-from .export import check_formats, check_push
 from .first_student import first_student, planned
 from .interrupts import Interrupts
 from .logit_cache import LogitCache, check_top_k, write_cache
@@ -54,14 +52,14 @@ from .preferences import keep_reference
 from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
 from .recipe import load_recipe
 from .recipe_rules import is_sharded, uses_cache
-from .records import check_recipe_unchanged, checkpoint_digests, write_records
+from .records import checkpoint_digests, write_records
 from .results import write_results
 from .resume import COMMITS, find_commit, run_folder
 from .schema import Recipe, Source
 from .sharded import frozen_student, frozen_teacher, once_with, partition, student_to_part
 from .stages import PREFIX, Align, Dpo, Whole, compile_layers, needs_teacher, share_frozen
 from .state import STUDENT, Marks, load_adapters, load_moments, write_state
-from .task_sources import check_tasks, trained_tasks
+from .task_sources import check_tasks
 from .teacher_text import written_source
 from .trainable import parameter_groups, trained_names
 from .world import World, ending_together, once, start_world
@@ -103,26 +101,15 @@ class _Run:
         self.teacher_folder, self.commits, self.pulse = teacher, folder / COMMITS, Pulse()
         self.caches: dict[int, LogitCache] = {}
         self.in_parts = is_sharded(recipe, world.size)
-        training, sharding = recipe.training, recipe.deepspeed
-        self.settings = EngineSettings(
-            zero_stage=sharding.stage,
-            precision="bf16" if training.dtype == "bfloat16" else "fp32",
-            offload_optimizer=sharding.offload_optimizer == "cpu",
-            offload_parameters=sharding.offload_parameters == "cpu",
-            extra=sharding.extra,
-        )
+        self.settings = engine_settings(recipe)
 
     def everything(self, resume: str) -> dict:
-        once(self.world, lambda: check_recipe_unchanged(self.folder, self.recipe))
-        once(self.world, lambda: check_push(self.recipe.export.push))
-        self.tasks = once(self.world, lambda: select(self.recipe.evaluation.tasks, "evaluation.tasks"))
-        self.tasks += trained_tasks(self.recipe.data.sources)
+        self.tasks = once(self.world, lambda: check_recipe(self.recipe))
         commit = once(self.world, lambda: self._find_commit(resume))
         if self.recipe.student.convert is not None:
-            once(self.world, lambda: self._check_formats(planned(self.recipe, teacher_config(self.teacher_folder))))
+            once(self.world, lambda: self._check_student(planned(self.recipe, teacher_config(self.teacher_folder))))
         self.start = once(self.world, lambda: first_student(self.recipe, self.folder, self.teacher_folder, _say))
-        once(self.world, lambda: self._check_formats(DeltaNetConfig.from_pretrained(self.start)))
-        once(self.world, self._check_steps)
+        once(self.world, lambda: self._check_student(DeltaNetConfig.from_pretrained(self.start)))
         tokenizer = load_tokenizer(self.teacher_folder or self.start)
         if tokenizer is None:
             raise UserError(f"{self.teacher_folder or self.start} has no tokenizer, so no text can be read")
@@ -131,7 +118,6 @@ class _Run:
         self.teacher = None if self.teacher_folder is None else self._load_teacher()
         config = DeltaNetConfig.from_pretrained(self.start) if self.teacher is None else self.teacher.config
         longest = config.max_position_embeddings
-        check_contexts(self.recipe.evaluation.contexts, longest, self.world.device, "evaluation.contexts")
         vocab_size = config.vocab_size
         self.vocab_size = min(vocab_size, len(tokenizer))
         check_top_k(self.recipe, self.vocab_size)
@@ -162,13 +148,13 @@ class _Run:
             results.append(self._measure_folder("new" if self.teacher is None else "converted", self.start))
         else:
             results = commit.info["results"]
+            once(self.world, lambda: drop_newer(self.commits, commit.step))
         commit = self._train_from(commit, results)
         return self._finish(commit, results)
 
     def _find_commit(self, resume: str) -> Commit | None:
-        found = find_commit(self.folder, resume, _say)
+        found = find_commit(self.recipe, self.folder, resume, _say)
         if found is not None:
-            drop_newer(self.commits, found.step)
             _say(f"goes on from {found.folder}")
         return found
 
@@ -188,11 +174,6 @@ class _Run:
         dtype = torch.bfloat16 if self.settings.casts_parameters else torch.float32
         dtype, offload = names.get(self.recipe.teacher.dtype, dtype), self.recipe.teacher.offload == "cpu"
         return frozen_teacher(self.teacher_folder, dtype, self.world, in_parts=self.in_parts, offload=offload)
-
-    def _check_steps(self) -> None:
-        config = DeltaNetConfig.from_pretrained(self.start)
-        for stage in self.recipe.stages:
-            config = config_after(stage, config)
 
     def _write_records(self, prepared: Prepared) -> None:
         write_records(self.folder, self.recipe, self.teacher_folder, self.start, prepared, self.plans, self.world)
@@ -265,10 +246,6 @@ class _Run:
         if training.compile:
             compile_layers(module)
         trained = {n.removeprefix(PREFIX): p for n, p in module.named_parameters() if p.requires_grad}
-        if missing := sorted(names - matrices - {lora.plain_name(name) for name in trained}):
-            raise UserError(
-                f"stages.{stage.name}.trainable: an {stage.kind} stage cannot train {missing[0]}; allowed: mixers"
-            )
         groups = parameter_groups(trained, stage, student.config)
         settings = replace(self.settings, gradient_clipping=stage.clip, betas=stage.adam_betas)
         engine = Engine(module, groups, settings, self.world, source)
@@ -359,7 +336,7 @@ class _Run:
             ranks=self.world,
             report=_say,
         )
-        once(self.world, lambda: shutil.rmtree(out, ignore_errors=True))
+        once(self.world, lambda: shutil.rmtree(out.parent, ignore_errors=True))
         return made
 
     def _module(self, plan: StagePlan, student: DeltaNetForCausalLM, start: Path, goes_on: bool) -> Align | Whole:
@@ -420,8 +397,8 @@ class _Run:
             print(f"pushed   {push(self.folder / 'export', self.recipe.export.push)}")
         return facts
 
-    def _check_formats(self, config: DeltaNetConfig) -> None:
-        check_formats(self.recipe.export.formats, config, self.recipe.stages)
+    def _check_student(self, config: DeltaNetConfig) -> None:
+        check_student(self.recipe, config, self.world.device)
 
 
 def _say(text: str) -> None:

@@ -7,12 +7,15 @@ Twin: tests/distill/test_trainable.py.
 
 import fnmatch
 import re
+from collections.abc import Iterable
 
+import torch
 from torch import nn
 
-from deltanet import DeltaNetConfig
+from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.errors import UserError, nearest
 
+from . import lora
 from .schema import Stage
 
 SETS = ("mixers", "attention", "all")
@@ -39,14 +42,38 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def trained_names(names: list[str], stage: Stage, config: DeltaNetConfig) -> list[str]:
-    """Those of the student's parameter `names` that the stage trains; raises UserError for a set that names none."""
+    """Those of the student's parameter `names` that the stage trains; raises UserError for a set that names none, and
+    for what a stage of its kind cannot train."""
+    where = f"stages.{stage.name}.trainable"
     for which in stage.trainable:
         if not any(in_set(name, which, config) for name in names):
             raise UserError(
-                f"stages.{stage.name}.trainable: {which!r} names no parameter of the student; allowed: "
+                f"{where}: {which!r} names no parameter of the student; allowed: "
                 f"{', '.join(SETS)} or a pattern such as model.layers.0.*{nearest(which, list(SETS))}"
             )
-    return [name for name in names if any(in_set(name, which, config) for which in stage.trainable)]
+    trained = [name for name in names if any(in_set(name, which, config) for which in stage.trainable)]
+    if stage.kind == "align":
+        for name in trained:
+            if not in_set(name, "mixers", config):
+                raise UserError(f"{where}: an align stage cannot train {name}; allowed: mixers")
+    return trained
+
+
+def check_stage(stage: Stage, config: DeltaNetConfig) -> list[str]:
+    """The names of what the stage trains of a student of this configuration. Raises UserError, before anything is
+    trained, for everything that the stage would refuse as it starts: `trainable`, `lora.targets` and `lr_groups`."""
+    parameters = parameters_of(config)
+    names = trained_names(list(parameters), stage, config)
+    matrices = lora.adapted(names, stage) if stage.lora else set()
+    trained = [*(name for name in names if name not in matrices), *lora.adapter_names(matrices)]
+    _check_groups(trained, stage, config)
+    return names
+
+
+def parameters_of(config: DeltaNetConfig) -> dict[str, nn.Parameter]:
+    """The parameters of a student, by name, without memory for them."""
+    with torch.device("meta"):
+        return dict(DeltaNetForCausalLM(config).named_parameters())
 
 
 def parameter_groups(parameters: dict[str, nn.Parameter], stage: Stage, config: DeltaNetConfig) -> list[dict]:
@@ -64,7 +91,14 @@ def parameter_groups(parameters: dict[str, nn.Parameter], stage: Stage, config: 
             {"params": [], "lr": lr, "peak_lr": lr, "weight_decay": decay, "name": label},
         )
         group["params"].append(parameter)
-    for which in stage.lr_groups:
-        if not any(in_set(name, which, config) for name in parameters):
-            raise UserError(f"stages.{stage.name}.lr_groups: {which!r} names no parameter that the stage trains")
+    _check_groups(parameters, stage, config)
     return list(groups.values())
+
+
+def _check_groups(names: Iterable[str], stage: Stage, config: DeltaNetConfig) -> None:
+    for which in stage.lr_groups:
+        if not any(in_set(name, which, config) for name in names):
+            raise UserError(
+                f"stages.{stage.name}.lr_groups: {which!r} names no parameter that the stage trains"
+                f"{nearest(which, list(SETS))}"
+            )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deltanet.errors import UserError
 
+from ..output import output_folder
 from .evaluate import evaluate
 from .markdown import markdown, short
 from .page import page
@@ -20,9 +21,7 @@ NAME = "evaluation"
 def run(arguments) -> None:
     """The command line: the report on standard output, as Markdown, what matters most once more at its end, or with
     --json as one object."""
-    out = None if arguments.output is None else Path(arguments.output)
-    if out is not None:
-        check_output(out)
+    out = None if arguments.output is None else output_folder(arguments.output)
     report = evaluate(
         arguments.student,
         against=arguments.against,
@@ -54,15 +53,6 @@ def parse_contexts(words: list[str] | None) -> list[int] | None:
         if not word.isdecimal():
             raise UserError(f"--contexts {word}: allowed are numbers of tokens, or none alone")
     return [int(word) for word in words]
-
-
-def check_output(folder: Path) -> None:
-    """Raises UserError where the reports could not be written, before hours are spent on them."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"-o {folder}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"-o {folder}: {existing} is not writable")
 
 
 def write_reports(folder: Path, report: dict) -> None:

@@ -101,8 +101,10 @@ def test_a_template_whose_prompt_differs_from_the_turn_is_refused():
 
 
 def test_no_answer_no_template_and_a_raising_template_are_refused_with_the_place():
-    with pytest.raises(UserError, match=r"^chat.jsonl:3: no message of the assistant"):
+    with pytest.raises(UserError, match=r"^chat.jsonl:3: no message of the assistant.*; its roles are user$"):
         supervised_text(TURNS[:1], make_tokenizer(CHATML))
+    with pytest.raises(UserError, match=r"^chat.jsonl:3: the assistant's message 1 is empty, so there is nothing"):
+        supervised_text([TURNS[0], {"role": "assistant", "content": " "}], make_tokenizer(CHATML))
     with pytest.raises(UserError, match=r"^chat.jsonl:3: the tokenizer has no chat template"):
         encode_chat(TURNS, make_tokenizer(None), {2}, "assistant", "chat.jsonl:3")
     strict = "{{ raise_exception('roles must alternate') }}"

@@ -89,6 +89,11 @@ def test_conversations_in_every_known_shape_are_the_same(tmp_path):
             r"a.jsonl:1 messages\[0\]: expected an object with role",
         ),
         ('{"text": "a"}', {"kind": "chat"}, r"a.jsonl:1: no messages or .* among the keys text"),
+        (
+            '{"instruction": 5, "output": "a"}',
+            {"kind": "chat"},
+            r"a.jsonl:1 instruction\[0\]: expected an object with role",
+        ),
         ('"a"', {"kind": "chat"}, r"a.jsonl:1: expected an object with messages, got str"),
         ("[" * 100_000, {}, r"a.jsonl:1: not JSON: nested too deep"),
     ],
@@ -114,6 +119,14 @@ def test_bytes_that_are_no_text_and_broken_archives_are_named(tmp_path):
         read(tmp_path / "d.jsonl.gz")
 
 
+def test_text_of_a_parquet_file_that_is_not_utf8_is_named(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.array([b"fine", b"\xff"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: damaged, or text that is not UTF-8, at row 0 or after: "):
+        read(tmp_path / "a.parquet")
+
+
 def test_missing_files_folders_and_unknown_suffixes_are_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(UserError, match=r"source s: .*trian.jsonl: no such file \(did you mean 'train.jsonl'\?\)"):
@@ -122,6 +135,10 @@ def test_missing_files_folders_and_unknown_suffixes_are_refused(tmp_path):
         read(tmp_path / "*.parquet")
     with pytest.raises(UserError, match="is a folder"):
         read(tmp_path)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    for name in ("gone.txt", "g*.txt"):
+        with pytest.raises(UserError, match=r"source s: .*gone.txt is a link to a file that is not there"):
+            read(tmp_path / name)
     (tmp_path / "a.csv").write_text("")
     with pytest.raises(UserError, match=r"a.csv: the suffix is none of \.txt"):
         read(tmp_path / "a.csv")

@@ -66,11 +66,17 @@ def test_it_says_where_the_run_would_go_on_and_refuses_what_the_run_would(tmp_pa
     for overrides, resume, words in [
         ([], "never", "--resume never: .* holds the commit step-00000007"),
         ([], str(tmp_path / "nowhere"), "no such commit; say auto, never or a folder in"),
+        ([], str(tmp_path), f"no commit .no manifest.json.; say auto, never or a folder in {commits}"),
         (["stages.distil.lr=0.5"], "auto", r"started with another recipe: stages\.1\.lr: .* -> 0\.5"),
     ]:
         with pytest.raises(UserError, match=words):
             dry_run(recipe, *overrides, output=folder, resume=resume)
     assert content(folder) == before  # not even the commits past the one that was named have gone
+
+    with pytest.raises(UserError, match=r"student\.convert\.calibrate: absent.txt: no such file"):
+        dry_run(recipe, "student.convert.calibrate=absent.txt", output=tmp_path / "new")
+    with pytest.raises(UserError, match=r"-o .*r\.yaml is a file, not a folder"):
+        dry_run(recipe, output=recipe)
 
     victim = next((commits / "step-00000007").rglob("*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1])
@@ -85,6 +91,7 @@ def test_what_would_stop_the_run_later_stops_the_plan(tmp_path):
     for overrides, words in [
         (["evaluation.sources=[]", "data.held_out=0"], "nothing is held out"),
         (["evaluation.tasks=[nothing]"], "nothing"),
+        ([f"student.model={tmp_path}"], "student.model: .* is there and no checkpoint"),
         (["student.convert=null", f"student.model={tmp_path / 'nowhere'}"], "is not a checkpoint folder"),
     ]:
         with pytest.raises(UserError, match=words):

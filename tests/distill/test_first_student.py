@@ -104,6 +104,33 @@ def test_a_student_elsewhere_that_this_run_made_otherwise_is_refused(made, tmp_p
     assert json.loads((tmp_path / "run" / "student.json").read_text())["convert"]["seed"] == 0
 
 
+def test_a_damaged_note_is_taken_for_none(made, tmp_path):
+    made()
+    (tmp_path / "run" / "student.json").write_text("{")
+    assert "it is not noted what it was made of" in made()[1][0]
+
+
+@pytest.mark.parametrize("overrides", [[], ["student.convert=null"]])
+def test_a_folder_that_holds_something_else_is_refused_by_name(made, tmp_path, overrides):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"^student\.model: .*other is (there and no|not a) checkpoint"):
+        made(f"student.model={other}", *overrides)
+    (other / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"^student\.model: .*other/config.json is no configuration: "):
+        made(f"student.model={other}", *overrides)
+    with pytest.raises(UserError, match=r"^student\.model: .*teacher is a llama and no student; `convert:` or"):
+        made(f"student.model={tmp_path / 'teacher'}", *overrides)
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("key", ["calibrate", "held_out"])
+def test_a_text_that_is_not_there_is_refused_by_its_key(made, key):
+    with pytest.raises(UserError, match=f"^student.convert.{key}: absent.txt: no such file$"):
+        made(f"student.convert.{key}=absent.txt")
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused_by_name(made, tmp_path):
     with pytest.raises(UserError, match=r"student\.model: .*nowhere is not a checkpoint folder"):
         made("student.convert=null", f"student.model={tmp_path / 'nowhere'}")

@@ -97,7 +97,7 @@ def test_a_tokenizer_is_taken_from_a_checkpoint(tmp_path):
         ({"heads": 2, "kv_heads": 4}, "student.new.kv_heads: 4 do not divide the 2 heads"),
         ({"head_dim": 5}, "student.new.head_dim: 5 is odd; RoPE turns pairs of numbers, so make it even"),
         ({"hybrid": "layers:4"}, "'4' is not a whole number from 0 to 3"),
-        ({"hybrid": "some"}, "--hybrid some: unknown layout"),
+        ({"hybrid": "some"}, "student.new.hybrid some: unknown layout"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path, changes, message):

@@ -154,6 +154,15 @@ def test_an_override_names_what_there_is(old, new, override, message):
         parse(old, new, override)
 
 
+def test_an_override_that_is_no_yaml_has_no_line_but_may_begin_with_the_folder_of_the_recipes():
+    with pytest.raises(UserError, match=r"^command line training.seed: not YAML: "):
+        parse("", "", "training.seed=[1")
+    with pytest.raises(UserError, match=r"^command line training seed: the key is there twice"):
+        parse("", "", "training={seed: 1, seed: 2}")
+    recipe = parse("", "", "data.sources.0.path={recipes}/demo/text.txt")
+    assert recipe.data.sources[0].path == (str(recipes_folder() / "demo" / "text.txt"),)
+
+
 def test_an_override_finds_what_is_called_so_by_default():
     recipe = parse("", "", "data.sources.stories.max_documents=7", "stages.distil.losses.forward_kl.weight=2")
     assert recipe.data.sources[0].max_documents == 7
@@ -184,7 +193,7 @@ def test_overrides_change_keys_by_place_and_by_name():
     [
         ("training.lr=1", "command line training.lr: unknown key; allowed: batch_size"),
         ("training.seed=x", "command line training.seed: got 'x' (text), expected a whole number"),
-        ("stages.0.lr=.inf", "command line stages.0.lr:1: .inf is not a finite number"),
+        ("stages.0.lr=.inf", "command line stages.0.lr: .inf is not a finite number"),
         ("stages.distill.lr=1", "command line stages.distill.lr: 'distill' is none of 0, 1, align, distil (did"),
         ("stages.2.lr=1", "command line stages.2.lr: '2' is none of 0, 1, align, distil"),
         ("training.seed", "command line: 'training.seed' is not key.path=value"),

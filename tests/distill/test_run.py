@@ -99,6 +99,52 @@ def test_resume_never_refuses_a_folder_with_a_commit(made):
         distil(folder / "r.yaml", ["stages.1.steps=2"], output=folder / "run", resume="never")
 
 
+@pytest.mark.parametrize("text", ["{", "{}", None])
+def test_damaged_records_of_the_inputs_are_refused_by_name(made, text):
+    folder, _ = made
+    path = folder / "run" / "inputs.json"
+    before = path.read_text()
+    path.unlink() if text is None else path.write_text(text)
+    try:
+        with pytest.raises(
+            UserError, match=r"inputs\.json: cannot be read .* restore it, or give a new run an --output"
+        ):
+            distil(folder / "r.yaml", ["stages.1.steps=2"], output=folder / "run")
+    finally:
+        path.write_text(before)
+
+
+def test_a_commit_of_another_recipe_is_refused(made, tmp_path):
+    folder, _ = made
+    commit = next((folder / "run" / "commits").iterdir())
+    with pytest.raises(UserError, match=r"run: the run was started with another recipe: training\.seed: 0 -> 3"):
+        distil(folder / "r.yaml", ["stages.1.steps=2", "training.seed=3"], output=tmp_path, resume=str(commit))
+    for resume in ("", str(folder)):
+        with pytest.raises(UserError, match=f"^--resume {resume}: no (such )?commit.*; say auto, never or a folder in"):
+            distil(folder / "r.yaml", ["stages.1.steps=2"], output=folder / "run", resume=resume)
+
+
+def test_what_is_refused_leaves_every_commit(made):
+    folder, _ = made
+    commits = sorted(path.name for path in (folder / "run" / "commits").iterdir())
+    source = f"evaluation.sources=[{{path: {folder / 'r.yaml'}.txt}}]"
+    (folder / "r.yaml.txt").write_text("")
+    with pytest.raises(UserError, match="no text in it"):
+        distil(
+            folder / "r.yaml",
+            ["stages.1.steps=2", source],
+            output=folder / "run",
+            resume=str(folder / "run" / "commits" / commits[0]),
+        )
+    assert sorted(path.name for path in (folder / "run" / "commits").iterdir()) == commits
+
+
+def test_many_differences_are_counted(made):
+    folder, _ = made
+    with pytest.raises(UserError, match=r"stages\.0\.kind: 'align' -> 'pretrain'.*; and \d+ more\. Change it back"):
+        distil(folder / "r.yaml", ["stages=[{kind: pretrain, steps: 1}]"], output=folder / "run")
+
+
 def test_a_second_process_is_refused(made):
     folder, _ = made
     with locked(folder / "run"), pytest.raises(UserError, match="another process works on this run"):

@@ -1,0 +1,68 @@
+"""What a run refuses before it makes anything, so that no hour of training is lost on a word; --dry-run refuses it too.
+
+What needs the tokens is refused as they are there (`prepare.py`). Twin: tests/distill/test_checks.py.
+"""
+
+from pathlib import Path
+
+import torch
+
+from deltanet import DeltaNetConfig
+from deltanet.errors import UserError, one_line
+
+from .convert_step import config_after
+from .documents import find_files
+from .engine import EngineSettings
+from .evaluation.evaluate import check_contexts
+from .evaluation.selection import Chosen, select
+from .export import check_formats, check_push
+from .metrics import check_trackers
+from .output import check_folder
+from .schema import Recipe
+from .task_sources import trained_tasks
+from .trainable import check_stage
+from .world import quiet_deepspeed
+
+
+def check_recipe(recipe: Recipe) -> list[Chosen]:
+    """The tasks that the run measures at its end. Raises UserError for what this machine lacks (files, trackers, a
+    token for the Hub, a folder that can be written) and for what DeepSpeed does not take."""
+    check_push(recipe.export.push)
+    check_trackers(recipe.logging)
+    for source in (*recipe.data.sources, *recipe.evaluation.sources):
+        find_files(source)
+    if recipe.teacher is not None and recipe.teacher.cache is not None and recipe.teacher.cache.folder is not None:
+        check_folder(Path(recipe.teacher.cache.folder), "teacher.cache.folder")
+    if recipe.deepspeed.extra:
+        _check_extra(engine_settings(recipe))
+    return [*select(recipe.evaluation.tasks, "evaluation.tasks"), *trained_tasks(recipe.data.sources)]
+
+
+def check_student(recipe: Recipe, config: DeltaNetConfig, device: torch.device) -> None:
+    """Raises UserError where a student of this configuration cannot go through the stages, be measured or exported as
+    the recipe says."""
+    check_formats(recipe.export.formats, config, recipe.stages)
+    check_contexts(recipe.evaluation.contexts, config.max_position_embeddings, device, "evaluation.contexts")
+    for stage in recipe.stages:
+        config = config_after(stage, config)
+        if stage.kind != "convert_step":
+            check_stage(stage, config)
+
+
+def engine_settings(recipe: Recipe) -> EngineSettings:
+    """The engine's part of a recipe; what a stage decides is put in as it starts."""
+    sharding = recipe.deepspeed
+    return EngineSettings(
+        zero_stage=sharding.stage,
+        precision="bf16" if recipe.training.dtype == "bfloat16" else "fp32",
+        offload_optimizer=sharding.offload_optimizer == "cpu",
+        offload_parameters=sharding.offload_parameters == "cpu",
+        extra=sharding.extra,
+    )
+
+
+def _check_extra(settings: EngineSettings) -> None:
+    try:
+        quiet_deepspeed().DeepSpeedConfig(settings.deepspeed_config())
+    except Exception as error:  # of pydantic, or whatever a value of the wrong type meets on its way
+        raise UserError(f"deepspeed.extra: DeepSpeed refuses it: {one_line(error)}") from None
