@@ -294,3 +294,18 @@ class Engine:
     def close(self) -> None:
         """Lets go of DeepSpeed's hooks and buffers; the module itself is not usable for training afterwards."""
         self.deepspeed.destroy()
+        if self.settings.zero_stage == 3:
+            _let_go(self.module)
+
+
+def _let_go(module: nn.Module) -> None:
+    """What DeepSpeed 0.19 leaves in memory of a ZeRO 3 engine, masters and moments too: a stack of modules, and the
+    cache of a method, hold on to it beyond `destroy`."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    FWD_MODULE_STACK[:] = [other for other in FWD_MODULE_STACK if other is not module]
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()

@@ -1,6 +1,8 @@
 """What one process of test_engine.py does: trains a tiny module with every ZeRO stage and notes what the laws need."""
 
+import gc
 import os
+import weakref
 
 import torch
 from torch import nn
@@ -85,6 +87,10 @@ def trial(settings, world) -> dict:
     straight = [take(engine, step) for step in range(STEPS + 1, STEPS + 3)]
     end = snapshot(engine)
     engine.close()
+    kept = [weakref.ref(part) for part in (engine.module, engine.optimizer)]
+    del engine
+    gc.collect()
+    released = all(part() is None for part in kept)
 
     engine = make(settings, world)
     engine.load_masters(lambda name: middle[None, name])
@@ -109,6 +115,7 @@ def trial(settings, world) -> dict:
         "after_skip": after_skip,
         "straight": straight,
         "end": end,
+        "released": released,
         "loaded": loaded,
         "resumed": resumed,
         "resumed_end": resumed_end,

@@ -69,6 +69,11 @@ def test_masters_start_as_the_float32_weights(two, trial):
 
 
 @pytest.mark.parametrize("trial", TRIALS)
+def test_a_closed_engine_leaves_nothing_in_memory(two, trial):
+    assert two[trial]["released"]
+
+
+@pytest.mark.parametrize("trial", TRIALS)
 def test_buffers_keep_their_precision(two, trial):
     """RoPE's frequencies are a float32 buffer, which DeepSpeed would round."""
     assert torch.equal(two[trial]["frequencies"], torch.tensor([1.0 / 3]))
