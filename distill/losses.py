@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from .packing import IGNORED
 
 VOCABULARY_LOSSES = ("forward_kl", "reverse_kl", "jsd", "ce")
-CHUNK_BYTES = 160 * 2**20  # of one float32 tensor of logits; forward_kl holds three, and both logits in their dtype
+CHUNK_BYTES = 640 * 2**20  # of all that stands of a chunk's logits at once
+FLOATS = 12  # bytes of a logit that PyTorch's forms take beside both models' own: three float32; the fused kernel none
 
 
 @dataclass(frozen=True)
@@ -171,17 +172,33 @@ def vocabulary_loss(
         hidden, weight = hidden.to(low), weight.to(low)
         if needs_teacher:
             teacher_hidden, teacher_weight = teacher_hidden.to(low), teacher_weight.to(low)
-    num_chunks = num_chunks_for(len(targets), vocab_size, chunk_tokens)
+    fused = hidden.is_cuda and hidden.dtype != torch.float64 and [term.name for term in terms] == ["forward_kl"]
+    fused = fused and top_k is None
+    logit_bytes = 2 * hidden.element_size() + FLOATS * (not fused)
+    num_chunks = num_chunks_for(len(targets), vocab_size, chunk_tokens, logit_bytes)
     scale = 1.0 / torch.as_tensor(num_valid, dtype=torch.float64, device=hidden.device).clamp(min=1)
     loss, parts = _Chunked.apply(
-        hidden, weight, teacher_hidden, teacher_weight, top_k, targets, tuple(terms), scale, vocab_size, num_chunks
+        hidden,
+        weight,
+        teacher_hidden,
+        teacher_weight,
+        top_k,
+        targets,
+        tuple(terms),
+        scale,
+        vocab_size,
+        num_chunks,
+        fused,
     )
     return loss, dict(zip((term.name for term in terms), parts.unbind()))
 
 
-def num_chunks_for(num_positions: int, vocab_size: int, chunk_tokens: int | None = None) -> int:
-    """How many pieces the positions are cut into: a function of shapes alone, the same on every process."""
-    chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * vocab_size))
+def num_chunks_for(
+    num_positions: int, vocab_size: int, chunk_tokens: int | None = None, logit_bytes: int = 4 + FLOATS
+) -> int:
+    """How many pieces the positions are cut into: a function of shapes alone, the same on every process. logit_bytes:
+    what stands at once for every pair of a position and a token; by default that of bfloat16 in PyTorch's forms."""
+    chunk = chunk_tokens or max(1, CHUNK_BYTES // (logit_bytes * vocab_size))
     return max(1, -(-num_positions // chunk))
 
 
@@ -190,7 +207,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, teacher_hidden, teacher_weight, top_k, targets, terms, scale, vocab_size, num_chunks
+        ctx, hidden, weight, teacher_hidden, teacher_weight, top_k, targets, terms, scale, vocab_size, num_chunks, fused
     ):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         head = weight[:vocab_size]
@@ -199,8 +216,6 @@ class _Chunked(torch.autograd.Function):
         parts = torch.zeros(len(terms), dtype=torch.float64, device=hidden.device)
         # Work goes by valid positions; their share of each chunk varies, the number of chunks does not.
         valid = (targets != IGNORED).nonzero()[:, 0]
-        fused = hidden.is_cuda and hidden.dtype != torch.float64 and [term.name for term in terms] == ["forward_kl"]
-        fused = fused and top_k is None
         if fused:
             from .forward_kl_kernel import forward_kl_
         if top_k is not None and len(top_k.ids) != len(valid):
@@ -254,7 +269,7 @@ class _Chunked(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight * grad_loss.to(grad_weight.dtype)
-        return grad_hidden, grad_weight, *[None] * 8
+        return grad_hidden, grad_weight, *[None] * 9
 
 
 def token_logprobs(

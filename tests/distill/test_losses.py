@@ -247,7 +247,8 @@ def test_padded_vocabulary_rows_take_no_part(term):
 
 def test_the_number_of_chunks_ignores_how_many_positions_are_valid():
     assert num_chunks_for(1000, 50, 64) == 16
-    assert num_chunks_for(8192, 128256) == math.ceil(8192 / (CHUNK_BYTES // (4 * 128256)))
+    assert num_chunks_for(8192, 128256) == math.ceil(8192 / (CHUNK_BYTES // (16 * 128256)))
+    assert num_chunks_for(8192, 128256, logit_bytes=4) == math.ceil(8192 / (CHUNK_BYTES // (4 * 128256)))
     assert num_chunks_for(0, 50, 64) == 1
 
 
