@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from deltanet import DeltaNetForCausalLM
-from deltanet.errors import DeltanetError, UserError
+from deltanet.errors import DeltanetError, UserError, one_line
 from deltanet.mixer import DeltaMixer
 
 from .calibration import OutputFit, Settings, SourceProducts, Stream, fit_gates, fit_strengths, head_metric
@@ -68,7 +68,12 @@ def calibrate(
             report = store.load(layer, student) if store else None
         is_new = kind == LINEAR and report is None
         if is_new:
-            report = _fit_layer(layer, attention, own, block, outputs, settings)
+            try:
+                report = _fit_layer(layer, attention, own, block, outputs, settings)
+            except torch.linalg.LinAlgError as error:
+                raise UserError(
+                    f"calibration: layer {layer} cannot be fitted to this text: {one_line(error)}"
+                ) from None
         else:
             for rows in attention.rows():
                 outputs[rows] = attention.mix(layer, attention.mixer_input(layer, rows))[1]

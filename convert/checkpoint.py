@@ -34,6 +34,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # safetensors' own limit
+LONGEST_NAME = 255  # of a file, in bytes, on every file system of Linux
+POINTER = b"version "  # how a file of Git LFS begins; as the length of a header it would be far too long
 LARGEST_SIZE, MOST_DIMENSIONS = 1 << 48, 8
 """Of a tensor in a header; beyond that a file only means to keep us busy with arithmetic."""
 
@@ -143,7 +145,7 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
     headers: dict[str, dict[str, Entry]] = {}
     for shard in dict.fromkeys(weight_map.values()):
         path = folder / shard
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or not shard.isprintable() or not 0 < len(os.fsencode(shard)) <= LONGEST_NAME:
             raise UserError(f"{index}: names the shard {shard!r}, which is not a file name")
         if not path.is_file():
             tensor = next(name for name, where in weight_map.items() if where == shard)
@@ -174,14 +176,14 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
 def _read_index(index: Path) -> tuple[dict[str, str], int | None]:
     try:
         data = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = data["weight_map"]
-        sound = weight_map and all(isinstance(shard, str) for shard in weight_map.values())
-        total = (data.get("metadata") or {}).get("total_size")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{index}: unreadable index: {type(error).__name__}: {error}") from None
-    if not sound:
-        raise UserError(f"{index}: weight_map must say the file of every tensor")
-    return weight_map, total
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    sound = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+    if not weight_map or not sound:
+        raise UserError(f"{index}: unreadable index: its weight_map must say the file of every tensor")
+    metadata = data.get("metadata")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _note_strays(checkpoint: Checkpoint, used: set[str]) -> None:
@@ -201,6 +203,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     with open(path, "rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
+        if start == POINTER:
+            raise UserError(f"{path}: a pointer of Git LFS, not the weights themselves; `git lfs pull` fetches them")
         if len(start) < 8 or length > min(size - 8, LONGEST_HEADER):
             raise UserError(f"{path}: truncated or not safetensors ({size} bytes, header of {length})")
         text = file.read(length)
@@ -210,6 +214,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         spans = sorted((*value["data_offsets"], name) for name, value in header.items())
         entries, end = {}, 0
         for begin, stop, name in spans:
+            if not name.isprintable():
+                raise ValueError(f"the name {name!r} has characters that cannot be printed")
             if header[name]["dtype"] not in DTYPES:
                 raise UserError(f"{path}: {name} has the dtype {header[name]['dtype']}, which is not supported")
             dtype, shape = DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])

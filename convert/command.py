@@ -35,8 +35,8 @@ from .publish.provenance import list_of, provenance, public_name
 from .sizes import parse_size
 from .sources import COMPANIONS, Source, open_source
 from .staging import Staging, check_target
+from .tokens import GENERATION, generation_settings, strangers
 
-GENERATION = "generation_config.json"
 GATES = {"read": (True, False), "output": (False, True), "both": (True, True), "none": (False, False)}
 
 
@@ -75,6 +75,7 @@ def convert(
     from deltanet.generate import pick_device
 
     from .formats import check_format
+    from .text import check_sources
 
     out = None if output is None else Path(output)
     options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range, compat)
@@ -96,6 +97,8 @@ def convert(
         tokenizer = load_tokenizer(opened.folder)
         if tokenizer is None:
             plan.notes.append("the source has no tokenizer; the student has none either")
+        plan.notes += strangers(tokenizer, plan.config, generation_settings(opened.folder))
+        check_sources(calibrate, held_out, tokenizer)
         report = {
             "source": opened.name,
             "origin": opened.origin,
@@ -146,6 +149,8 @@ def convert(
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"-o {out}: the disk is full ({plan.num_bytes:,} bytes are needed)") from None
+            if error.errno == errno.EFBIG:
+                raise UserError(f"-o {out}: the disk takes no file so large; give a smaller --max-shard-size") from None
             raise
     shutil.rmtree(store, ignore_errors=True)
     return _timed(report, start)

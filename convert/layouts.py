@@ -94,16 +94,17 @@ def _ranked(path: Path, count: int, num_layers: int, option: str) -> set[int]:
     layer that most needs attention comes first. Where the object has `num_layers`, it is that of its teacher."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{option} {path}: unreadable ranking: {error}") from None
     if isinstance(data, dict):
         if data.get("num_layers", num_layers) != num_layers:
             raise UserError(
-                f"{option} {path}:{count}: ranks {data['num_layers']} layers, but this teacher has {num_layers}; "
+                f"{option} {path}:{count}: ranks {data['num_layers']!r} layers, but this teacher has {num_layers}; "
                 "make one of this teacher with --rank"
             )
-        data = data.get("ranking", (data.get("closeness") or {}).get("ranking"))
-    whole = isinstance(data, list) and all(isinstance(index, int) and 0 <= index < num_layers for index in data)
+        report = data.get("closeness")
+        data = data.get("ranking", report.get("ranking") if isinstance(report, dict) else None)
+    whole = isinstance(data, list) and all(type(index) is int and 0 <= index < num_layers for index in data)
     if not whole or len(set(data)) != len(data) or len(data) < count:
         raise UserError(
             f"{option} {path}:{count}: the ranking must be a list of {count} or more different layers "

@@ -30,5 +30,9 @@ def refuse_links_out(folder: Path, patterns: tuple[str, ...]) -> None:
     """Raises UserError for the first file of `folder` that matches a pattern and leads out of it."""
     for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
-            if leaves(folder, path):
+            try:
+                out = leaves(folder, path)
+            except (OSError, RuntimeError) as error:  # a loop is the latter before Python 3.13
+                raise UserError(f"{path}: a link that leads nowhere: {error}") from None
+            if out:
                 raise UserError(f"{path}: a link to {path.resolve()}, outside the checkpoint; put a copy in its place")

@@ -27,11 +27,18 @@ def load_teacher(
     """The teacher in `folder` (safetensors and config.json of a supported family), in evaluation mode on the CPU.
 
     dtype None keeps the checkpoint's main dtype. Strict: raises UserError for a missing, extra or wrongly shaped
-    tensor, an index that does not fit its shards, or a family that is not supported.
+    tensor, one with NaN or Inf, an index that does not fit its shards, or a family that is not supported.
     """
     config, get, names = open_teacher(folder, allow_pickle=allow_pickle)
     dtype = dtype or config.dtype
-    return _build(config, {name: get(name).to(dtype) for name in names}, dtype)
+    return _build(config, {name: _finite(get(name).to(dtype), f"{folder}: {name}") for name in names}, dtype)
+
+
+def _finite(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    # A sum carries NaN and Inf and takes no memory; only where it does, or overflows, is every number looked at.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise UserError(f"{what} holds {'NaN' if tensor.isnan().any() else 'Inf'}")
+    return tensor
 
 
 def open_teacher(folder: str | Path, *, allow_pickle: bool = False) -> tuple[DeltaNetConfig, Get, list[str]]:

@@ -60,7 +60,10 @@ def open_source(name: str, revision: str | None = None, allow_pickle: bool = Fal
     Raises UserError where nothing is called so, a file of a folder is a link out of it, access is missing or the
     machine is offline; the message says what to do.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: {error}") from None
     if revision is not None and (path.exists() or name == "demo"):
         raise UserError(f"--revision {revision}: only a Hub repository has revisions, and {name} is local")
     if (path / "config.json").is_file():

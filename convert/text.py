@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 
-from deltanet.errors import UserError
+from deltanet.errors import UserError, one_line
 from deltanet.modeling import CACHE
 
 HELD_OUT_SHARE = 0.1
 MOST_TOKENS = 32768
+SHORTEST = 18
+"""Tokens of a window: both passages of closeness' recall need as many."""
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -59,29 +61,58 @@ def calibration_text(
     length = min(length, teacher.config.max_position_embeddings) if teacher is not None else length
     share = max(-(-tokens // (length * len(sources))), 1)
     aside = max(held_out_tokens // (length * (1 if held_out else len(sources))), 1)
-    fit, kept = [], []
-    for source in sources:
-        if source == "self":
+    if length < SHORTEST:
+        raise UserError(
+            f"max_position_embeddings is {length}, and calibration needs windows of {SHORTEST} tokens or more; "
+            "use --calibrate none"
+        )
+    check_sources(sources, held_out, tokenizer)
+
+    def of_file(source: str) -> tuple[torch.Tensor, torch.Tensor]:
+        documents = read_documents(source)
+        first, last = (documents, []) if held_out else set_aside(documents)
+        fit = tokenise(tokenizer, first, share, length, source)
+        return fit, tokenise(tokenizer, last, aside, length, source, may_be_empty=True)
+
+    # All files first: what is wrong with one is said before minutes are spent on writing.
+    parts = [None if source == "self" else of_file(source) for source in sources]
+    own = tokenise(tokenizer, read_documents(held_out), aside, length, held_out) if held_out else None
+    if teacher is not None:
+        read = [window for part in parts if part for window in part] + ([] if own is None else [own])
+        _refuse_strangers(read, teacher.config.vocab_size)
+    for index, part in enumerate(parts):
+        if part is None:
             if teacher is None:
                 raise UserError("--calibrate self: needs a teacher to write the text")
             windows = share + aside * (not held_out)
             told = None if advance is None else lambda count, size=windows * (length - 1): advance(count / size)
             written = write_text(teacher, tokenizer, windows, length, seed, told)
-            fit.append(written[:share])
-            kept.append(written[share:])
-            continue
+            parts[index] = written[:share], written[share:]
+    fit, kept = (torch.cat(half) for half in zip(*parts))
+    return CalibrationText(fit, kept if own is None else own)
+
+
+def check_sources(sources: Sequence[str], held_out: str | None, tokenizer) -> None:
+    """Raises UserError for what can be seen of the texts before a teacher is loaded: no such file, or one that nobody
+    would read."""
+    if not sources or ("none" in sources and len(sources) > 1):
+        raise UserError(f"--calibrate {' '.join(sources)}: allowed: files and self, or none alone")
+    if "none" in sources and held_out is not None:
+        raise UserError(f"--held-out {held_out}: nothing is measured with --calibrate none; leave it out")
+    named = [("--calibrate", source) for source in sources if source not in ("self", "none")]
+    for option, name in [*named, *([] if held_out is None else [("--held-out", held_out)])]:
         if tokenizer is None:
-            raise UserError(f"--calibrate {source}: the source has no tokenizer; use --calibrate self or none")
-        documents = read_documents(source)
-        first, last = (documents, []) if held_out else set_aside(documents)
-        fit.append(tokenise(tokenizer, first, share, length, source))
-        if last:
-            kept.append(tokenise(tokenizer, last, aside, length, source, may_be_empty=True))
-    if held_out:
-        if tokenizer is None:
-            raise UserError(f"--held-out {held_out}: the source has no tokenizer")
-        kept = [tokenise(tokenizer, read_documents(held_out), aside, length, held_out)]
-    return CalibrationText(torch.cat(fit), torch.cat(kept) if kept else fit[0].new_zeros(0, length))
+            raise UserError(f"{option} {name}: the source has no tokenizer; use --calibrate self or none")
+        if not str(name).lower().endswith(SUFFIXES):
+            raise UserError(f"{option} {name}: not a text this can read; allowed: {', '.join(SUFFIXES)}")
+        if not Path(name).is_file():
+            raise UserError(f"{option} {name}: no such file")
+
+
+def _refuse_strangers(windows: list[torch.Tensor], vocabulary: int) -> None:
+    highest = max((int(window.max()) for window in windows if window.numel()), default=0)
+    if highest >= vocabulary:
+        raise UserError(f"the source's tokenizer gives token {highest}, but config.json has room for {vocabulary}")
 
 
 def enough_tokens(config) -> int:
@@ -96,23 +127,25 @@ def read_documents(path: str | Path) -> list[Document]:
         raise UserError(f"{path}: not a text this can read; allowed: {', '.join(SUFFIXES)}")
     try:
         content = path.read_bytes()
-        content = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+        content = (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: unreadable text: {getattr(error, 'strerror', None) or error}") from None
-    kind = [suffix for suffix in path.suffixes if suffix.lower() != ".gz"][-1].lower()
+    kind = "." + path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if kind == ".txt":
         return [content] if content.strip() else []
-    return [_document(row, where) for row, where in _rows(content, kind, path)]
+    return [_whole(_document(row, where), where) for row, where in _rows(content, kind, path)]
 
 
 def _rows(content: str, kind: str, path: Path) -> list[tuple]:
     try:
         if kind == ".json":
             data = json.loads(content)
+            if not isinstance(data, list):
+                raise ValueError(f"found {type(data).__name__}")
             return [(row, f"{path}: row {index + 1}") for index, row in enumerate(data)]
         lines = enumerate(content.split("\n"), 1)  # str.splitlines would also cut at U+2028 inside a string
         return [(json.loads(line), f"{path}:{number}") for number, line in lines if line.strip()]
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not {'a JSON list' if kind == '.json' else 'JSON lines'}: {error}") from None
 
 
@@ -126,13 +159,23 @@ def _document(row, where: str) -> Document:
         if isinstance(turns, list):
             return _chat([*turns, *([row["chosen"]] if isinstance(row.get("chosen"), dict) else [])], where)
         for asked, answered in (("instruction", "output"), ("prompt", "completion")):
-            if isinstance(row.get(asked), str) and isinstance(row.get(answered), str):
+            if all(isinstance(part, str) for part in (row.get(asked), row.get(answered), row.get("input") or "")):
                 question = "\n".join(part for part in (row[asked], row.get("input")) if part)
                 return [{"role": "user", "content": question}, {"role": "assistant", "content": row[answered]}]
     raise UserError(
         f"{where}: no text in it; a row has text, messages, conversations, instruction and output, "
         "or prompt and completion"
     )
+
+
+def _whole(document: Document, where: str) -> Document:
+    """JSON can write half of a character, which no tokenizer takes."""
+    try:
+        for text in [document] if isinstance(document, str) else [turn["content"] for turn in document]:
+            text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: a lone surrogate, half of a character: {error}") from None
+    return document
 
 
 def _chat(turns: list, where: str) -> list[dict]:
@@ -208,8 +251,15 @@ def tokenise(
 def render_chat(tokenizer, chat: list[dict]) -> str:
     """A chat as the teacher knows it: by its template, or without one as paragraphs."""
     if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(chat, tokenize=False)
+        return _templated(tokenizer, chat)
     return "\n\n".join(turn["content"] for turn in chat)
+
+
+def _templated(tokenizer, chat: list[dict]) -> str:
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:  # a template is a program, and fails in every way that programs do
+        raise UserError(f"{tokenizer.name_or_path}: the chat template fails: {one_line(error)}") from None
 
 
 def document_start(tokenizer) -> int | None:
@@ -260,6 +310,8 @@ def write_text(
             output = teacher(ids, cache=cache, use_cache=True, logits_to_keep=1)
             cache = output[CACHE]
             chances = torch.softmax(output.logits[:, -1].float(), -1)
+            if not chances.isfinite().all():
+                raise UserError("--calibrate self: the teacher's logits are not finite, so it cannot write")
             sampled = torch.multinomial(chances, 1, generator=generator)[:, 0].cpu()
             out[group, position] = torch.where(given[group, position] < 0, sampled, given[group, position])
             if advance is not None:
@@ -276,6 +328,6 @@ def _chat_opening(tokenizer) -> list[int]:
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return []
     mark = "A"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    text = _templated(tokenizer, [{"role": "user", "content": mark}])
     before = text.rpartition(mark)[0] if text.count(mark) == 1 else text.split(mark + "<")[0]
     return tokenizer(before, add_special_tokens=False)["input_ids"]

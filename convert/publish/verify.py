@@ -5,7 +5,6 @@ nothing was found wrong the model is loaded strictly and writes a few tokens. No
 nothing is unpickled. Twin: tests/convert/publish/test_verify.py; damage of every kind: test_corruption.py.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +21,12 @@ from ..families import read_config, teacher_config
 from ..formats import REWRITTEN
 from ..layouts import LINEAR
 from ..plan import READABLE, new_tensors, teacher_tensors
+from ..tokens import GENERATION, generation_settings, strangers
 from .files import README
 from .manifest import damage, read_manifest
 
 PROMPT = "Once upon a time"
 NEW_TOKENS = 8
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Invalid(DeltanetError):
@@ -167,22 +166,14 @@ def _tokenizer(folder: Path, config: DeltaNetConfig | SimpleNamespace, found: Ve
         return
     if tokenizer is None:
         found.notes.append("no tokenizer")
-    elif len(tokenizer) > config.vocab_size:
-        found.problems.append(f"tokenizer: {len(tokenizer)} tokens, but config.json has room for {config.vocab_size}")
-    sources = {"config.json": config}
-    if (folder / "generation_config.json").is_file():
-        try:
-            sources["generation_config.json"] = json.loads((folder / "generation_config.json").read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
-            found.problems.append(f"generation_config.json: unreadable: {error}")
-    else:
-        found.problems.append("generation_config.json: missing")
-    for where, settings in sources.items():
-        for key in IDS:
-            value = settings.get(key) if isinstance(settings, dict) else getattr(settings, key)
-            for token in value if isinstance(value, list) else [value]:
-                if token is not None and not -1 <= token < config.vocab_size:
-                    found.problems.append(f"{where}: {key} is {token}; the vocabulary has {config.vocab_size}")
+    generation: dict = {}
+    try:
+        generation = generation_settings(folder)
+    except UserError as error:
+        found.problems.append(str(error))
+    if not (folder / GENERATION).is_file():
+        found.problems.append(f"{GENERATION}: missing")
+    found.problems += strangers(tokenizer, config, generation)
 
 
 def _card(folder: Path, found: Verified) -> None:

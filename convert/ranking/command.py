@@ -54,7 +54,7 @@ def rank(
     from deltanet.generate import pick_device
 
     from ..loading import load_teacher
-    from ..text import calibration_text, enough_tokens
+    from ..text import calibration_text, check_sources, enough_tokens
     from .linearity import TOKENS_PER_UNIT
     from .rank import check_text, linear_twin, parse_method, rank_layers, rounds
 
@@ -70,6 +70,7 @@ def rank(
         config = teacher_config(opened.folder)
         layout = parse_layout("none", config.layer_types, config.sliding_window)
         tokenizer = load_tokenizer(opened.folder)
+        check_sources(calibrate, held_out, tokenizer)
         teacher = load_teacher(opened.folder, torch.float32, allow_pickle=allow_pickle).to(where)
         is_linearity = name == "linearity"
         tokens = max(enough_tokens(config), TOKENS_PER_UNIT * config.hidden_size) if is_linearity else None

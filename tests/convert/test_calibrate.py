@@ -242,6 +242,13 @@ def test_the_report_says_what_each_layer_got(calibrated, windows):
         assert 0.3 < row["explained"] < 1
 
 
+def test_a_layer_that_cannot_be_fitted_is_named(windows):
+    silent = demo_teacher()
+    silent.model.layers[0].input_layernorm.weight.data.zero_()
+    with pytest.raises(UserError, match=r"layer 0 cannot be fitted to this text: .*cholesky"):
+        calibrate(silent, fresh_student(silent), windows[0][:2], FAST)
+
+
 def test_unfit_models_and_texts_are_refused_by_name(teacher, windows):
     student = fresh_student(teacher)
     with pytest.raises(UserError, match="attention in every layer"):

@@ -97,7 +97,15 @@ def test_a_wrong_total_size_is_a_note(sharded):
     assert any("total_size" in note for note in report["notes"])
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize("metadata", [None, [], "x", {"total_size": None}])
+def test_an_index_without_a_total_size_will_do(sharded, metadata):
+    (sharded / INDEX).write_text(json.dumps(index_of(sharded) | {"metadata": metadata}))
+    assert open_checkpoint(sharded).notes == []
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", "3", '{"weight_map": ["a"]}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
 def test_an_unreadable_index_is_named(sharded, content):
     (sharded / INDEX).write_text(content)
     refused(sharded, INDEX)
@@ -108,6 +116,28 @@ def test_an_index_cannot_point_outside_its_folder(sharded):
     index["weight_map"] = dict.fromkeys(index["weight_map"], "../other.safetensors")
     (sharded / INDEX).write_text(json.dumps(index))
     refused(sharded, "../other.safetensors", "not a file name")
+
+
+def test_a_shard_that_is_a_link_to_itself_is_named(sharded):
+    file, _ = first_of(sharded)
+    file.unlink()
+    file.symlink_to(file)
+    refused(sharded, file.name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "a/b", "x" * 256, "a\x00b", "a\nb", "sub/"])
+def test_an_index_names_files(sharded, name):
+    index = index_of(sharded)
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="which is not a file name"):
+        open_checkpoint(sharded)
+
+
+def test_a_pointer_of_git_lfs_is_called_so(teacher):
+    (teacher / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match=r"model.safetensors: a pointer of Git LFS.*git lfs pull"):
+        open_checkpoint(teacher)
 
 
 def test_shards_without_an_index_are_refused(sharded):
@@ -139,6 +169,7 @@ def test_truncation_at_any_length_is_noticed(teacher):
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}',
         b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}',
         b'{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a\\u001b[31m\\n": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
         b' "a": {"dtype": "F32", "shape": [0], "data_offsets": [8, 8]}}',
     ],
@@ -146,8 +177,9 @@ def test_truncation_at_any_length_is_noticed(teacher):
 def test_a_corrupt_header_is_named(tmp_path, header):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(UserError, match=r"model\.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors") as error:
         read_header(path)
+    assert str(error.value).isprintable()
 
 
 def test_headers_are_read_as_the_safetensors_library_reads_them(sharded):

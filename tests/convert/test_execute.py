@@ -123,8 +123,9 @@ def test_weights_that_are_not_finite_are_named(value, dtype, tmp_path):
     weights = load_file(path)
     weights["model.layers.2.mlp.up_proj.weight"][3, 5] = value
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj\.weight holds (NaN|Inf)"):
-        convert(tmp_path / "teacher", tmp_path / "student", calibrate=["none"])
+    for calibrate in ("none", "self"):  # which reads the teacher before anything is written
+        with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj\.weight holds (NaN|Inf)"):
+            convert(tmp_path / "teacher", tmp_path / "student", calibrate=[calibrate])
     assert [child.name for child in tmp_path.iterdir()] == ["teacher"]
 
 
@@ -193,6 +194,16 @@ def test_a_full_disk_at_any_moment_is_one_line_and_leaves_nothing(call, after, t
     with pytest.raises(UserError, match="disk is full"):
         convert(teacher, tmp_path / "student", calibrate=["none"])
     monkeypatch.undo()
+    assert [child.name for child in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_a_disk_that_takes_no_large_files_is_told_how_to_be_given_small_ones(teacher, tmp_path, monkeypatch):
+    def too_large(*arguments):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "write", too_large)
+    with pytest.raises(UserError, match=r"-o .*: the disk takes no file so large; give a smaller --max-shard-size"):
+        convert(teacher, tmp_path / "student", calibrate=["none"])
     assert [child.name for child in tmp_path.iterdir()] == ["teacher"]
 
 

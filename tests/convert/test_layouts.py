@@ -64,6 +64,21 @@ def test_a_ranking_keeps_its_first(tmp_path, content):
 
 
 @pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[true, false]", "different layers from 0 to 7"),
+        ('{"closeness": [1]}', "different layers from 0 to 7"),
+        ("[" * 100_000, "unreadable ranking"),
+        ('{"num_layers": "8", "ranking": [1, 2]}', "ranks '8' layers, but this teacher has 8"),
+    ],
+)
+def test_a_ranking_that_is_none_is_refused(tmp_path, content, says):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(UserError, match=says):
+        parse_layout(f"{tmp_path / 'r.json'}:2", EIGHT)
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("globl2", "did you mean 'global2'"),

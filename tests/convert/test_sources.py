@@ -40,6 +40,11 @@ def test_a_name_that_means_nothing_is_refused(name, says, tmp_path, monkeypatch)
         opened(name)
 
 
+def test_a_home_that_nobody_has_is_refused():
+    with pytest.raises(UserError, match="~nobody-has-this/model: Could not determine home"):
+        open_source("~nobody-has-this/model").__enter__()
+
+
 def test_a_folder_or_file_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint"):
         opened(tmp_path)

@@ -2,14 +2,16 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from demo_pair import DEMO, demo_teacher
+from demo_pair import DEMO, demo_teacher, fresh_student
 from transformers import AutoTokenizer
 
 from convert.text import (
     calibration_text,
+    check_sources,
     document_start,
     enough_tokens,
     read_documents,
@@ -85,6 +87,12 @@ def test_plain_text_is_one_document(tmp_path):
         ("a.jsonl", b'{"text": "x"}\nno\n', r"a\.jsonl: not JSON lines"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r"a\.jsonl:2: no text in it"),
         ("a.json", b'[{"messages": [{"role": "user"}]}]', r"row 1: a turn of a chat needs role and content"),
+        ("a.json", b'{"text": "x"}', r"a\.json: not a JSON list: found dict"),
+        ("a.json", b'"text"', r"a\.json: not a JSON list: found str"),
+        ("a.json", b"[" * 100_000, r"a\.json: not a JSON list: maximum recursion"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl: not JSON lines: maximum recursion"),
+        ("a.jsonl", b'{"instruction": "x", "output": "y", "input": 3}', r"a\.jsonl:1: no text in it"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}', r"a\.jsonl:2: a lone surrogate"),
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz: unreadable text"),
         ("a.txt", b"\xff\xfe\xfa", r"a\.txt: unreadable text"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}', mtime=0)[:-9], r"a\.jsonl\.gz: unreadable text"),
@@ -94,6 +102,65 @@ def test_unreadable_text_is_one_error_that_names_the_place(tmp_path, name, conte
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "content"), [(".txt", b"Eins."), ("a.TXT.GZ", gzip.compress(b"Eins."))])
+def test_odd_names_are_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert read_documents(tmp_path / name) == ["Eins."]
+
+
+@pytest.mark.parametrize(
+    ("sources", "held_out", "message"),
+    [
+        (["self", "nix.txt"], None, r"--calibrate nix\.txt: no such file"),
+        (["self", "{}.txt"], None, "--calibrate .*: no such file"),
+        (["self"], "nix.txt", r"--held-out nix\.txt: no such file"),
+        (["self"], "self", r"--held-out self: not a text this can read"),
+        (["self"], "", r"--held-out : not a text"),
+        (["none"], "nix.txt", r"--held-out nix\.txt: nothing is measured with --calibrate none"),
+        (["self", "none"], None, "--calibrate self none: allowed: files and self, or none alone"),
+        ([], None, "--calibrate : allowed"),
+    ],
+)
+def test_texts_that_nobody_could_read_are_refused_before_any_is_written(sources, held_out, message, tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    sources = [source.format(tmp_path / "folder") for source in sources]
+    with pytest.raises(UserError, match=message):
+        check_sources(sources, held_out, object())
+
+
+def test_a_short_file_is_refused_before_the_teacher_writes(tmp_path, teacher, tokenizer, monkeypatch):
+    monkeypatch.setattr("convert.text.write_text", None)
+    (tmp_path / "a.txt").write_text("Too short.")
+    with pytest.raises(UserError, match="at least one window"):
+        calibration_text(["self", str(tmp_path / "a.txt")], None, tokenizer, teacher)
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("Once upon a time, there was a fox. " * 200)
+    teacher = SimpleNamespace(config=DeltaNetConfig(vocab_size=96, hidden_size=64, max_position_embeddings=64))
+    with pytest.raises(UserError, match=r"gives token \d+, but config.json has room for 96"):
+        calibration_text([str(tmp_path / "a.txt")], None, tokenizer, teacher)
+
+
+def test_windows_too_short_to_measure_recall_in_are_refused(tokenizer):
+    teacher = SimpleNamespace(config=DeltaNetConfig(max_position_embeddings=17))
+    with pytest.raises(UserError, match="max_position_embeddings is 17, and calibration needs windows of 18"):
+        calibration_text(["self"], None, tokenizer, teacher)
+
+
+def test_a_template_that_fails_is_one_error(teacher, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system') }}", raising=False)
+    with pytest.raises(UserError, match="the chat template fails: no system"):
+        write_text(teacher, tokenizer, 3, 32, 0)
+
+
+def test_a_teacher_without_finite_logits_cannot_write(tokenizer):
+    model = fresh_student(demo_teacher(), "all")
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="logits are not finite"):
+        write_text(model, tokenizer, 1, 4, 0)
 
 
 def test_a_missing_file_is_an_error(tmp_path):
