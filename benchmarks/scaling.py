@@ -101,7 +101,7 @@ def measure(task: dict, world) -> dict:
     from convert.loading import skeleton
     from deltanet import DeltaNetConfig
     from distill.batch import make_batch
-    from distill.dry_run import held_bytes
+    from distill.dry_run import activation_bytes, held_bytes
     from distill.engine import Engine, EngineSettings
     from distill.loop import Job, positions_of
     from distill.schedules import Schedule
@@ -179,20 +179,23 @@ def measure(task: dict, world) -> dict:
     seconds = time.perf_counter() - began
     tokens = measured * task["batch"] * task["length"]
     rate = tokens / seconds / world.size
+    low = settings.precision == "bf16"
+    parts_of_teacher = world.size if task["shard"] else 1
+    held = teaching.count / parts_of_teacher * (not task["offload_teacher"])
+    counted = held_bytes(task["zero"], world.size, low=low, trained=taught.count, teacher=held) + activation_bytes(
+        student.config,
+        task["micro"] * task["length"],
+        low=low,
+        checkpointing=task["checkpointing"],
+        compiled=task["compile"] and not in_parts,
+    )
     result = {
         **task,
         "gpus": world.size,
         "tokens_per_second_per_gpu": rate,
         "peak_gib": max(world.gather(max(parts.peaks.values()))),
         "peak_gib_by_part": parts.peaks,
-        "counted_gib": held_bytes(
-            task["zero"],
-            world.size,
-            low=settings.precision == "bf16",
-            trained=taught.count,
-            teacher=teaching.count / (world.size if task["shard"] else 1) * (not task["offload_teacher"]),
-        )
-        / 2**30,
+        "counted_gib": counted / 2**30,
         "seconds": {name: value / measured for name, value in parts.seconds().items()} | {"all": seconds / measured},
         "flop_use": rate
         * flops_per_token(shape, [kind != "full_attention" for kind in kinds], task["length"] / 3)
@@ -320,7 +323,7 @@ def launch(tasks: list[dict], gpus: int, log: Path) -> Iterator[dict]:
 def show(found: dict) -> None:
     seconds = "  ".join(f"{name} {value:.3f}" for name, value in found["seconds"].items())
     rate, peak, counted = found["tokens_per_second_per_gpu"], found["peak_gib"], found["counted_gib"]
-    memory = f"{peak:.1f} GiB ({counted:.1f} counted without activations)"
+    memory = f"{peak:.1f} GiB ({counted:.1f} by the dry run)"
     print(f"{label(found)}: {rate:,.0f} tokens/s a GPU, {memory}, {found['flop_use']:.1%} of peak")
     peaks = "  ".join(f"{name} {value:.1f}" for name, value in found["peak_gib_by_part"].items())
     print(f"   seconds a step: {seconds}; peak GiB of rank 0: {peaks}", flush=True)

@@ -1,8 +1,8 @@
 """What a run would do, without doing it: sources and tokens, stages in numbers, memory by ZeRO stage.
 
 Memory is counted, not measured: parameters, gradients, float32 masters and two moments of what is trained, the frozen
-rest and the teacher (its part, where it is sharded), unless a cache on disk stands for it; activations, buffers and the
-chunk of logits come on top. Twin: tests/distill/test_dry_run.py.
+rest and the teacher (its part, where it is sharded), unless a cache on disk stands for it, and what a micro-batch keeps
+for its backward pass; what a sharded model gathers comes on top. Twin: tests/distill/test_dry_run.py.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from .checks import check_recipe, check_student
 from .convert_step import config_after
 from .first_student import check_free, check_planned, check_there, planned
 from .logit_cache import bytes_a_target, check_top_k
+from .losses import CHUNK_BYTES, FLOATS
 from .new_student import plan_new
 from .prepare import StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
 from .recipe_rules import is_sharded, uses_cache
@@ -140,14 +141,41 @@ def held_bytes(zero: int, size: int, *, low: bool, trained: float, frozen: float
     return parameters + gradients + optimizer + rest
 
 
+def activation_bytes(
+    config: DeltaNetConfig, tokens: int, *, low: bool, checkpointing: bool = False, compiled: bool = False
+) -> float:
+    """Bytes that a micro-batch of `tokens` keeps for the student's backward pass, and the loss's chunk of logits.
+
+    A layer keeps 8 numbers a token for each channel of the residual stream, 8 for each of its heads' and 4 for each of
+    the MLP, compiled three quarters of that; with checkpointing every layer its input alone, and one layer all. Fitted
+    to peaks on one H100 (27 November 2026): docs/results/multi-gpu.md has them beside these counts.
+    """
+    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    layer = (8 * width + 8 * heads + 4 * config.intermediate_size) * (0.75 if compiled else 1)
+    layers = config.num_hidden_layers
+    numbers = layers * width + layer if checkpointing else layers * layer
+    size = 2 if low else 4
+    return tokens * numbers * size + min(CHUNK_BYTES, tokens * config.vocab_size * (2 * size + FLOATS))
+
+
 def _memory(recipe: Recipe, stages: list[tuple[StagePlan, DeltaNetConfig]], teacher: DeltaNetConfig | None) -> str:
     """What one process holds, of 1 and of 8, in the stage that trains most."""
-    trained, config = max(((_trained(plan, config), config) for plan, config in stages), key=lambda pair: pair[0])
+    counted = [(_trained(plan, config), plan, config) for plan, config in stages]
+    trained, plan, config = max(counted, key=lambda item: item[0])
     is_held = teacher is not None and recipe.teacher.cache is None
     frozen, other = _count(config) - trained, _count(teacher) if is_held else 0
     low = recipe.training.dtype == "bfloat16"
+    sequences = plan.micro_batch_size
+    kept = activation_bytes(
+        config,
+        sequences * plan.seq_len,
+        low=low,
+        checkpointing=recipe.training.activation_checkpointing,
+        compiled=recipe.training.compile,
+    )
     lines = [
-        f"\nmemory a process, counted ({recipe.training.dtype}; activations come on top)",
+        f"\nmemory a process, counted ({recipe.training.dtype}), {_bytes(kept)} of it for the backward pass of "
+        f"{sequences} x {plan.seq_len:,} tokens",
         "ZeRO      1 process    8 processes",
     ]
     for zero in range(4):
@@ -155,7 +183,8 @@ def _memory(recipe: Recipe, stages: list[tuple[StagePlan, DeltaNetConfig]], teac
         for size in (1, 8):
             parts = size if is_sharded(recipe, size, zero) else 1
             held = 0 if parts > 1 and recipe.teacher.offload == "cpu" else other / parts
-            figures.append(_bytes(held_bytes(zero, size, low=low, trained=trained, frozen=frozen, teacher=held)))
+            whole = held_bytes(zero, size, low=low, trained=trained, frozen=frozen, teacher=held) + kept
+            figures.append(_bytes(whole))
         mark = "  <- this recipe" if zero == recipe.deepspeed.stage else ""
         lines.append(f"{zero:<6}{figures[0]:>13}{figures[1]:>15}{mark}")
     return "\n".join(lines)

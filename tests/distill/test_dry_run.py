@@ -96,3 +96,30 @@ def test_what_would_stop_the_run_later_stops_the_plan(tmp_path):
     ]:
         with pytest.raises(UserError, match=words):
             describe(load_recipe(recipe, overrides), tmp_path / "cache")
+
+
+def counted(text):
+    """The bytes of this recipe on one process."""
+    line = next(line for line in text.splitlines() if line.endswith("<- this recipe"))
+    number, unit = line.split()[1:3]
+    return float(number.replace(",", "")) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_memory_grows_with_the_micro_batch_and_falls_with_checkpointing_and_compilation(tmp_path):
+    teacher = small_run.write_teacher(tmp_path / "teacher")
+
+    def memory(**training):
+        training = {"batch_size": 512, "dtype": "float32", "commit_every_steps": 2} | training
+        return counted(
+            describe(
+                load_recipe(small_run.write_recipe(tmp_path / "r.yaml", teacher, training=training)), tmp_path / "c"
+            )
+        )
+
+    # A token of a layer: 8 x 32 of the stream, 8 x 32 of the heads, 4 x 48 of the MLP, in float32; 2 layers, 32 tokens.
+    sequence, logits = 4 * 2 * 32 * (8 * 32 + 8 * 32 + 4 * 48), 32 * 1024 * 20
+    one, all_512 = memory(micro_batch_size=1), memory(micro_batch_size=512)
+    assert all_512 - one == pytest.approx(511 * (sequence + logits), rel=1e-3)
+    assert all_512 - memory(micro_batch_size=512, compile=True) == pytest.approx(512 * sequence / 4, rel=1e-3)
+    checkpointed = memory(micro_batch_size=512, activation_checkpointing=True)
+    assert all_512 - checkpointed == pytest.approx(512 * (sequence / 2 - 4 * 2 * 32 * 32), rel=1e-3)
