@@ -15,6 +15,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[test]"
 	touch $@
 
+# Threads that sleep while they wait: spinning ones lose their turns, and most of the speed, where the cores are shared.
+quickstart: export OMP_WAIT_POLICY ?= PASSIVE
 quickstart: install
 	$(VENV)/bin/deltanet-distill recipes/quickstart.yaml -o quickstart
 	$(VENV)/bin/deltanet-generate quickstart/export "Once upon a time" --max-new-tokens 60
