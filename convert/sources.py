@@ -60,6 +60,8 @@ def open_source(name: str, revision: str | None = None, allow_pickle: bool = Fal
     Raises UserError where nothing is called so, a file of a folder is a link out of it, access is missing or the
     machine is offline; the message says what to do.
     """
+    if not name:
+        raise UserError("'': the name of a model is empty; give a folder, a .gguf file, a preset or a Hub id")
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:

@@ -127,7 +127,7 @@ def read_documents(path: str | Path) -> list[Document]:
         raise UserError(f"{path}: not a text this can read; allowed: {', '.join(SUFFIXES)}")
     try:
         content = path.read_bytes()
-        content = (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode("utf-8")
+        content = (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: unreadable text: {getattr(error, 'strerror', None) or error}") from None
     kind = "." + path.name.lower().removesuffix(".gz").rpartition(".")[2]
@@ -137,16 +137,22 @@ def read_documents(path: str | Path) -> list[Document]:
 
 
 def _rows(content: str, kind: str, path: Path) -> list[tuple]:
+    where, rows = f"{path}: not a JSON list", []
     try:
         if kind == ".json":
             data = json.loads(content)
             if not isinstance(data, list):
                 raise ValueError(f"found {type(data).__name__}")
             return [(row, f"{path}: row {index + 1}") for index, row in enumerate(data)]
-        lines = enumerate(content.split("\n"), 1)  # str.splitlines would also cut at U+2028 inside a string
-        return [(json.loads(line), f"{path}:{number}") for number, line in lines if line.strip()]
+        for number, line in enumerate(content.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
+            where = f"{path}:{number}: not JSON"
+            if line.strip():
+                rows.append((json.loads(line), f"{path}:{number}"))
+        return rows
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: {error.msg} (column {error.colno})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not {'a JSON list' if kind == '.json' else 'JSON lines'}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
 def _document(row, where: str) -> Document:

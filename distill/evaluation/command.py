@@ -35,13 +35,12 @@ def run(arguments) -> None:
         device=arguments.device,
         dtype=arguments.dtype,
     )
-    if out is not None:
-        write_reports(out, report)
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-        return
-    print(f"{markdown(report)}\n{short(report)}")
-    if out is not None:
+    try:
+        if out is not None:
+            write_reports(out, report)
+    finally:  # what took hours is told even where it cannot be written
+        print(json.dumps(report, indent=2) if arguments.json else f"{markdown(report)}\n{short(report)}")
+    if out is not None and not arguments.json:
         print(f"\npage: {out / NAME}.html")
 
 

@@ -6,12 +6,13 @@ from .sections import Section, Table, sections, title
 
 
 def markdown(report: dict) -> str:
-    """The whole report; plots are on the page only."""
+    """The whole report; plots, and sections that are nothing else, are on the page only."""
     parts = [f"# {title(report)}"]
     if report["layers"]:
         parts.append(f"Layers: `{picture(report['layers'])}`")
     for section in sections(report):
-        parts.append(_section(section))
+        if section.tables or section.samples or section.folded or not section.figures:
+            parts.append(_section(section))
     return "\n\n".join(parts) + "\n"
 
 

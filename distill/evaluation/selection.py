@@ -70,6 +70,9 @@ def select(names: Sequence[str], option: str = "--tasks") -> list[Chosen]:
             found = [Chosen(name, TASKS[base].of(file), True)]
         elif name in TASKS:
             found = [Chosen(name, TASKS[name], True)]
+        elif file and base in TASKS:
+            takers = ", ".join(task for task in TASKS if isinstance(TASKS[task], FileTask))
+            raise UserError(f"{option} {name}: {base} makes its examples and takes no file; those that do: {takers}")
         elif Path(name).is_file():
             found = [_standard(name)]
         elif name.endswith((".jsonl", ".json")) or "/" in name:

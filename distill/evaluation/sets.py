@@ -9,6 +9,7 @@ Twin: tests/distill/evaluation/test_sets.py.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from .subject import Subject
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHOWN = 3
+SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,10 @@ def read_set(path: str | Path) -> StandardSet:
         try:
             rows.append(_row(json.loads(line)))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error.msg}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{path}:{number}: not JSON: {error.msg} (column {error.colno})") from None
+        except RecursionError:
+            raise UserError(f"{path}:{number}: not JSON: nested too deep") from None
+        except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         if type(rows[-1]) is not type(rows[0]):
             raise UserError(f"{path}:{number}: a row of another kind than the first; give each kind a file of its own")
@@ -128,14 +132,42 @@ def _row(row: object) -> Row:
 
 
 def _check(row: Row) -> None:
-    texts = (row.context, *(row.options if isinstance(row, Choice) else (row.continuation,)))
-    if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[1:]):
-        raise ValueError("the context and every continuation must be text, and no continuation empty")
+    if not all(text.strip() for text in (row.options if isinstance(row, Choice) else (row.continuation,))):
+        raise ValueError("a continuation or an option is empty")
     if isinstance(row, Choice):
         if not 2 <= len(row.options) <= len(LETTERS):
             raise ValueError(f"{len(row.options)} options; allowed: 2 to {len(LETTERS)}")
         if not 0 <= row.gold < len(row.options):
             raise ValueError(f"the right option is number {row.gold} of {len(row.options)}, counted from 0")
+
+
+def _text(row: dict, key: str) -> str:
+    return _as_text(row[key], key)
+
+
+def _as_text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {json.dumps(value)[:SHOWN_CHARACTERS]}; allowed is text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half of a surrogate pair, which is no character") from None
+    return value
+
+
+def _texts(row: dict, key: str) -> list[str]:
+    if not isinstance(row.get(key), list):
+        raise ValueError(f"{key} is {json.dumps(row.get(key))[:SHOWN_CHARACTERS]}; allowed is a list of texts")
+    return [_as_text(value, f"{key}[{index}]") for index, value in enumerate(row[key])]
+
+
+def _number(row: dict, key: str) -> int:
+    """A whole number, also as text."""
+    value = row[key]
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not (is_whole or re.fullmatch(r"-?[0-9]{1,9}", str(value))):
+        raise ValueError(f"{key} is {json.dumps(value)[:SHOWN_CHARACTERS]}; allowed is the number of the right option")
+    return int(value)
 
 
 def _joined(context: str, continuation: str) -> str:
@@ -145,11 +177,12 @@ def _joined(context: str, continuation: str) -> str:
 
 
 def _context_continuation(row: dict) -> Cloze:
-    return Cloze(row["context"], _joined(row["context"], row["continuation"]))
+    context = _text(row, "context")
+    return Cloze(context, _joined(context, _text(row, "continuation")))
 
 
 def _last_word(row: dict) -> Cloze:
-    before, space, word = row["text"].rstrip().rpartition(" ")
+    before, space, word = _text(row, "text").rstrip().rpartition(" ")
     if not space:
         raise ValueError("text has a single word, so nothing comes before the last one")
     return Cloze(before, " " + word)
@@ -166,21 +199,29 @@ def _options(question: str, options: Sequence[str], gold: int) -> Choice:
 
 def _question(row: dict) -> Choice:
     """ARC's rows (choices with text and label, answerKey) and MMLU's (choices, answer as number or letter)."""
-    options, answer = row["choices"], row["answerKey"] if "answerKey" in row else row["answer"]
-    labels = list(LETTERS)
-    if isinstance(options, dict):
-        options, labels = options["text"], options["label"]
-    gold = answer if isinstance(answer, int) else labels.index(answer)
-    return _options(f"Question: {row['question']}", options, gold)
+    key = "answerKey" if "answerKey" in row else "answer"
+    if isinstance(row["choices"], dict):
+        options, labels = _texts(row["choices"], "text"), _texts(row["choices"], "label")
+        if len(options) != len(labels):
+            raise ValueError(f"choices has {len(options)} texts and {len(labels)} labels")
+    else:
+        options = _texts(row, "choices")
+        labels = list(LETTERS[: len(options)])
+    if isinstance(row[key], str) and row[key] not in labels:
+        raise ValueError(f"{key} is {row[key]!r}; allowed: {', '.join(labels)}")
+    gold = labels.index(row[key]) if isinstance(row[key], str) else _number(row, key)
+    return _options(f"Question: {_text(row, 'question')}", options, gold)
 
 
 FORMATS: dict[tuple[str, ...], Callable[[dict], Row]] = {
     ("context", "continuation"): _context_continuation,
-    ("query", "choices", "gold"): lambda row: _options(row["query"], row["choices"], int(row["gold"])),
-    ("goal", "sol1", "sol2", "label"): lambda row: _options(
-        f"Question: {row['goal']}", (row["sol1"], row["sol2"]), int(row["label"])
+    ("query", "choices", "gold"): lambda row: _options(
+        _text(row, "query"), _texts(row, "choices"), _number(row, "gold")
     ),
-    ("ctx", "endings", "label"): lambda row: _options(row["ctx"], row["endings"], int(row["label"])),
+    ("goal", "sol1", "sol2", "label"): lambda row: _options(
+        f"Question: {_text(row, 'goal')}", (_text(row, "sol1"), _text(row, "sol2")), _number(row, "label")
+    ),
+    ("ctx", "endings", "label"): lambda row: _options(_text(row, "ctx"), _texts(row, "endings"), _number(row, "label")),
     ("question", "choices", "answerKey"): _question,
     ("question", "choices", "answer"): _question,
     ("text",): _last_word,

@@ -28,9 +28,6 @@ def read_windows(
         raise UserError(f"--tokens {tokens}: allowed is one window ({length} tokens) or more")
     count = tokens // length
     if text != SELF:
-        windows = tokenise(writer.tokenizer, read_documents(text), count, length, text, may_be_empty=True)
-        if not len(windows):
-            raise UserError(f"--text {text}: less than one window of {length} tokens; a shorter --window takes it")
-        return windows
+        return tokenise(writer.tokenizer, read_documents(text), count, length, f"--text {text}, --window {length}")
     with progress(f"{writer.name} writes text", count * (length - 1), "tokens") as advance:
         return write_text(writer.model, writer.tokenizer, count, length, seed, advance)

@@ -28,6 +28,7 @@ def test_a_folder_comes_before_a_preset_of_its_name(teacher, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("name", "says"),
     [
+        ("", "'': the name of a model is empty; give a folder"),
         ("lama-1b", "did you mean 'llama-1b'"),
         ("./nowhere", "no such folder"),
         ("/no/such/folder", "no such folder"),

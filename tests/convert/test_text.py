@@ -77,6 +77,8 @@ def test_plain_text_is_one_document(tmp_path):
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress("Ein Märchen.".encode()))
     assert read_documents(tmp_path / "a.txt") == ["Ein Märchen.\n\nZwei."]
     assert read_documents(tmp_path / "b.txt.gz") == ["Ein Märchen."]
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n')
+    assert read_documents(tmp_path / "c.jsonl") == ["one"]
 
 
 @pytest.mark.parametrize(
@@ -84,13 +86,14 @@ def test_plain_text_is_one_document(tmp_path):
     [
         ("a.csv", b"text\n", r"a\.csv: not a text this can read; allowed: \.txt"),
         ("a.json", b'{"text": 1', r"a\.json: not a JSON list"),
-        ("a.jsonl", b'{"text": "x"}\nno\n', r"a\.jsonl: not JSON lines"),
+        ("a.jsonl", b'{"text": "x"}\nno\n', r"a\.jsonl:2: not JSON: Expecting value \(column 1\)"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r"a\.jsonl:2: no text in it"),
+        ("a.jsonl", b'{"instruction": "q", "input": 5, "output": "a"}', r"a\.jsonl:1: no text in it"),
         ("a.json", b'[{"messages": [{"role": "user"}]}]', r"row 1: a turn of a chat needs role and content"),
         ("a.json", b'{"text": "x"}', r"a\.json: not a JSON list: found dict"),
         ("a.json", b'"text"', r"a\.json: not a JSON list: found str"),
         ("a.json", b"[" * 100_000, r"a\.json: not a JSON list: maximum recursion"),
-        ("a.jsonl", b"[" * 100_000, r"a\.jsonl: not JSON lines: maximum recursion"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not JSON: maximum recursion"),
         ("a.jsonl", b'{"instruction": "x", "output": "y", "input": 3}', r"a\.jsonl:1: no text in it"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}', r"a\.jsonl:2: a lone surrogate"),
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz: unreadable text"),

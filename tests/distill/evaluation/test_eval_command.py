@@ -28,6 +28,15 @@ def test_three_forms_of_one_report_are_written_and_one_is_printed(folders, tmp_p
     assert json.loads((out / "evaluation.json").read_text())["perplexity"].keys() == {"teacher", "student"}
 
 
+def test_a_report_that_cannot_be_written_is_printed_all_the_same(folders, tmp_path, capsys):
+    (tmp_path / "evaluation.html").mkdir()
+    (tmp_path / "evaluation.html" / "mine").touch()
+    assert cli.eval_main([str(folders[1]), *OPTIONS, "--contexts", "none", "-o", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "## In short" in printed.out
+    assert f"{tmp_path}: the report cannot be written" in printed.err
+
+
 def test_the_last_thing_printed_is_everything_in_one_figure_each(folders, tmp_path, capsys):
     rows = [{"goal": f"do {i}", "sol1": "this", "sol2": "that", "label": i % 2} for i in range(5)]
     (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -21,6 +21,13 @@ def test_what_a_model_writes_cannot_leave_its_line():
     assert "- student: ``a `dog`↵ran``" in text
 
 
+def test_a_section_that_is_but_a_plot_is_on_the_page_only():
+    report = made()
+    assert report["losses"]
+    assert "## Training" not in markdown(report)
+    assert "## Language" in markdown(report)
+
+
 def test_layers_are_a_letter_each():
     """The letters of deltanet-convert."""
     assert "Layers: `dAs   (d = delta rule x 1, A = attention x 1, s = attention in a window x 1)`" in markdown(made())

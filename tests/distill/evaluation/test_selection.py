@@ -53,6 +53,14 @@ def test_a_generated_task_gets_seed_limit_and_context(tasks):
     assert tasks["recall"].asked == (model, 3, 7, 99)
 
 
+def test_a_file_for_a_task_that_makes_its_examples_is_refused():
+    with pytest.raises(
+        UserError,
+        match=r"^--tasks mqar:rows\.tsv: mqar makes its examples and takes no file; those that do: .*lra_text",
+    ):
+        select(["mqar:rows.tsv"])
+
+
 def test_an_unknown_task_gets_the_nearest_name(tasks):
     with pytest.raises(UserError, match=r"--tasks needel: no such task \(did you mean 'needle'\?\); tasks: recall, n"):
         select(["needel"])

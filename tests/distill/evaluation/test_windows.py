@@ -41,5 +41,5 @@ def test_a_window_must_fit_the_model_and_the_tokens(options, message, teacher):
 
 def test_too_little_text_is_refused(teacher, tmp_path):
     (tmp_path / "short.txt").write_text("Once upon a time")
-    with pytest.raises(UserError, match=r"short.txt: less than one window of 160 tokens; a shorter --window takes it"):
+    with pytest.raises(UserError, match=r"--text .*short.txt, --window 160: \d+ tokens of text; at least one"):
         read_windows(str(tmp_path / "short.txt"), teacher, longest=160)
