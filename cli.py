@@ -1,13 +1,15 @@
 """The commands. Each parses its arguments and calls one function; nothing heavy is imported before that.
 
-Exit codes: 0 done, 1 failure, 2 wrong input, 75 interrupted with everything saved, 130 Ctrl-C.
+Exit codes: 0 done, 1 failure, 2 wrong input, 75 interrupted with everything saved, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import argparse
+import contextlib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # What a file system says of a path that the user named.
@@ -82,9 +84,9 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, call: Call
     try:
         call(arguments)
         return 0
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped by Ctrl-C", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"{parser.prog}: stopped by {stop.args[0].name if stop.args else 'Ctrl-C'}", file=sys.stderr)
+        return 128 + stop.args[0] if stop.args else 130
     except BrokenPipeError:
         return 1
     except Exception as error:
@@ -203,11 +205,30 @@ class _Presets(argparse.Action):
         parser.exit()
 
 
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP let the command remove what it has half written; a second one ends it at once."""
+
+    def stop(number: int, _) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def convert_main(argv: Sequence[str] | None = None) -> int:
     def call(arguments: argparse.Namespace) -> None:
         from convert.command import run
 
-        run(arguments)
+        with _ended_as_by_ctrl_c():
+            run(arguments)
 
     return _run(convert_parser(), argv, call)
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -207,6 +209,17 @@ def test_ctrl_c_is_exit_code_130(capsys, monkeypatch):
     monkeypatch.setattr(deltanet.generate, "generate", interrupt)
     assert cli.generate_main(["demo", "hello"]) == 130
     assert "Ctrl-C" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_conversion_that_is_ended_leaves_nothing_half_written(number, capsys, monkeypatch, tmp_path):
+    import convert.command
+
+    monkeypatch.setattr(convert.command, "write_small", lambda *_: os.kill(os.getpid(), number))
+    assert cli.convert_main(["demo", "-o", str(tmp_path / "student"), "--calibrate", "none"]) == 128 + number
+    assert capsys.readouterr().err == f"deltanet-convert: stopped by {number.name}\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_generate_continues_a_prompt(tmp_path, capsys):

@@ -25,6 +25,7 @@ from .licences import card_head, from_head
 from .manifest import MANIFEST, as_manifest, read_manifest
 from .verify import check_card, verify
 
+BRANCH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 SILENCE = 120.0
 """Seconds without a byte from the Hub before a request counts as lost; its library waits for ever."""
 # What an older push of a student may have left and a newer one no longer has.
@@ -136,6 +137,8 @@ def _check_revision(revision: str | None, pr: bool) -> None:
         raise UserError(f"--revision {revision}: a pull request (--pr) is made against main; give one of the two")
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UserError(f"--revision {revision}: a commit cannot be written to; give the name of a branch")
+    if revision is not None and (not BRANCH.fullmatch(revision) or ".." in revision or revision.endswith(".lock")):
+        raise UserError(f"--revision {revision!r}: not the name of a branch; letters, digits, '-', '_', '.' and '/'")
 
 
 def _content(folder: Path, card: str | Path | None) -> dict[str, Item]:

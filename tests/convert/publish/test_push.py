@@ -167,6 +167,10 @@ def test_a_pull_request_needs_no_right_to_write_and_leaves_main_alone(student, h
     [
         ({"revision": "a" * 40}, "a commit cannot be written to"),
         ({"revision": "x", "pr": True}, "give one of the two"),
+        *(
+            ({"revision": name}, "not the name of a branch")
+            for name in ("", "a b", "a..b", "-x", "a/", "main~1", "a\n")
+        ),
     ],
 )
 def test_revisions_that_cannot_be_written_are_refused(student, hub, options, says):
