@@ -98,7 +98,9 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, call: Call
             print(f"{parser.prog}: {error.filename}: {error.strerror}", file=sys.stderr)
             return 2
         if not isinstance(error, DeltanetError):
-            print(f"{parser.prog}: {type(error).__name__}: {one_line(error)} (--debug shows where)", file=sys.stderr)
+            kind = type(error).__name__
+            told = one_line(error).removeprefix(f"{kind}: ")
+            print(f"{parser.prog}: {kind}: {told} (--debug shows where)", file=sys.stderr)
             return 1
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code

@@ -98,16 +98,17 @@ def test_generate_names_the_option_that_is_out_of_range(option, value, capsys, t
     assert option in capsys.readouterr().err
 
 
-def test_an_unexpected_error_is_one_line_and_exit_code_1(capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError])
+def test_an_unexpected_error_is_one_line_and_exit_code_1(kind, capsys, monkeypatch):
     import deltanet.generate
 
     def fail(**options):
-        raise RuntimeError("it broke")
+        raise kind("it broke")
 
     monkeypatch.setattr(deltanet.generate, "generate", fail)
     assert cli.generate_main(["demo", "hello"]) == 1
-    assert capsys.readouterr().err == "deltanet-generate: RuntimeError: it broke (--debug shows where)\n"
-    with pytest.raises(RuntimeError, match="it broke"):
+    assert capsys.readouterr().err == f"deltanet-generate: {kind.__name__}: it broke (--debug shows where)\n"
+    with pytest.raises(kind, match="it broke"):
         cli.generate_main(["demo", "hello", "--debug"])
 
 
