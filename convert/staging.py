@@ -17,6 +17,8 @@ from pathlib import Path
 from deltanet.errors import DeltanetError, UserError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
+LONGEST_NAME = 233
+"""Bytes of OUT's name: 255 on every file system of Linux, less what the sibling's name adds."""
 
 
 def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
@@ -25,6 +27,8 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
         ours, theirs = out.resolve(), source.resolve()
         if ours == theirs or ours in theirs.parents:
             raise UserError(f"-o {out}: is, or holds, the source {source}")
+    if len(os.fsencode(out.name)) > LONGEST_NAME:
+        raise UserError(f"-o {out}: the name is too long; allowed: {LONGEST_NAME} bytes")
     if not os.path.lexists(out):
         parent = next(path for path in out.absolute().parents if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -40,8 +44,8 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
 class Staging:
     """`with Staging(out) as staging:` write into `staging.folder`, then `staging.commit()`.
 
-    Left without a commit, by an error or Ctrl-C, the folder is removed. Raises UserError while another live process
-    is writing the same OUT.
+    Left without a commit, by an error or Ctrl-C, the folder is removed, with those made to hold it. Raises UserError
+    while another live process is writing the same OUT.
     """
 
     def __init__(self, out: Path, overwrite: bool = False):
@@ -49,6 +53,7 @@ class Staging:
         self.committed = False
 
     def __enter__(self) -> "Staging":
+        self.made = [parent for parent in self.out.parents if not parent.exists()]
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._sweep()
         self.folder = self.out.parent / f".{self.out.name}.converting-{uuid.uuid4().hex[:8]}"
@@ -62,6 +67,9 @@ class Staging:
     def __exit__(self, *_) -> None:
         if not self.committed:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # from the first one on that somebody else uses
+                for parent in self.made:
+                    parent.rmdir()
         os.close(self._lock)
 
     def _sweep(self) -> None:

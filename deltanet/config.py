@@ -7,9 +7,10 @@ A teacher is the same decoder with no `linear_attention` layer. The model that r
 import math
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .errors import UserError, nearest
+from .errors import UserError, nearest, one_line
 
 FORMAT_VERSION = 1
 MOST_LAYERS = 10_000
@@ -135,6 +136,14 @@ class DeltaNetConfig(PreTrainedConfig):
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As transformers' own; a value of a wrong type is a UserError too."""
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise UserError(f"config: {one_line(error)}") from None
 
     def check(self) -> None:
         """Raises UserError naming the first field whose value is not allowed."""

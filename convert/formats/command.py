@@ -15,10 +15,10 @@ from transformers.utils import logging
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
 from deltanet.errors import UserError, nearest
 
-from ..checkpoint import INDEX, SINGLE
+from ..checkpoint import INDEX, SINGLE, open_checkpoint
 from ..families import read_config
 from ..links import leaves
-from ..publish.card import write_card
+from ..publish.card import make_card, write_card
 from ..publish.files import README, SHARDS, is_published, matches
 from ..publish.manifest import MANIFEST, files_in, seal
 from ..staging import Staging, check_target
@@ -63,6 +63,9 @@ def write_format(
         )
     check_format(name, DeltaNetConfig.from_pretrained(student), "--format")
     check_target(output, overwrite, student)
+    open_checkpoint(student)
+    if (student / README).is_file():
+        make_card(student)  # what its reports lack is said of them, and not of their copies
     logging.disable_progress_bar()
     model = load_student(student)
     try:

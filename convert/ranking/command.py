@@ -18,6 +18,7 @@ from ..layouts import parse_layout
 from ..plan import student_config
 from ..progress import progress
 from ..sources import open_source
+from ..staging import LONGEST_NAME
 
 SUFFIX = ".json"
 NOT_FOR_RANKING = ("hybrid", "dtype", "max_shard_size", "dry_run")
@@ -118,6 +119,8 @@ def check_target(out: Path, overwrite: bool) -> Path:
     """Raises UserError where the ranking could not be written, before minutes are spent on it."""
     if out.suffix != SUFFIX:
         raise UserError(f"-o {out}: a ranking is a {SUFFIX} file; --hybrid reads no other name")
+    if len(os.fsencode(out.name)) > LONGEST_NAME:
+        raise UserError(f"-o {out}: the name is too long; allowed: {LONGEST_NAME} bytes")
     if os.path.lexists(out):
         if not overwrite:
             raise UserError(f"-o {out}: exists already; --overwrite replaces it once the new one is complete")

@@ -78,6 +78,21 @@ def test_an_error_on_the_way_leaves_nothing_and_keeps_the_old(teacher, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
 
+def test_folders_made_to_hold_the_output_go_with_it_unless_they_are_used(tmp_path):
+    def fail(neighbour: str | None) -> None:
+        with Staging(tmp_path / "a" / "b" / "student"):
+            if neighbour:
+                (tmp_path / neighbour).write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail(None)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError):
+        fail("a/other")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
+
+
 @pytest.mark.parametrize("can_swap", [True, False])
 def test_overwrite_replaces_the_old_in_one_go(can_swap, teacher, tmp_path, monkeypatch):
     out = tmp_path / "student"
@@ -133,9 +148,12 @@ def test_where_the_output_may_not_go(teacher, tmp_path):
         (file / "below", False, "not a folder"),
         (teacher, True, "the source"),
         (tmp_path, True, "the source"),
+        (tmp_path / ("ü" * 117), False, "too long; allowed: 233 bytes"),
     ):
         with pytest.raises(UserError, match=says):
             check_target(out, overwrite, teacher if says == "the source" else None)
+    with Staging(tmp_path / ("x" * 233)) as staging:
+        staging.commit()
     if os.geteuid():
         other.chmod(0o500)
         with pytest.raises(UserError, match="can be written"):

@@ -137,6 +137,15 @@ def test_a_configuration_out_of_range_names_its_field(field, value):
         tiny_config(**{field: value})
 
 
+def test_a_value_of_a_wrong_type_in_a_file_is_a_user_error(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"mixer": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="'mixer': TypeError: Field 'mixer' expected str, got int") as error:
+        load_student(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_plain_copy_is_neutral():
     """Fresh mixers: gate 1, taps 0, bias 0, so the layer is W_o applied to what is read from the state."""
     model = DeltaNetForCausalLM(tiny_config("none"))

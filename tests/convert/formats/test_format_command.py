@@ -60,6 +60,32 @@ def test_a_teacher_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", None, "not a checkpoint (no model.safetensors"),
+        ("model.safetensors", "version https://git-lfs", "a pointer of Git LFS"),
+        ("config.json", {"mixer": 3}, "Field 'mixer' expected str, got int"),
+        ("conversion.json", {"": "["}, "student/conversion.json: unreadable"),
+    ],
+)
+def test_a_student_that_is_not_whole_is_refused_by_its_own_name(name, content, message, tmp_path, capsys):
+    convert(make_source(tmp_path / "teacher"), tmp_path / "student", calibrate=["none"])
+    path = tmp_path / "student" / name
+    if content is None:
+        path.unlink()
+    elif isinstance(content, dict):
+        path.write_text(content.get("") or json.dumps(json.loads(path.read_text()) | content))
+    else:
+        path.write_text(content)
+    capsys.readouterr()
+    assert run(tmp_path / "student", "--format", "remote", "-o", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"student", "teacher"}
+
+
 def test_an_existing_folder_stays_unless_it_may_be_replaced(student, tmp_path, capsys):
     tiny_model("swa").save_pretrained(tmp_path / "out")
     before = files_of(tmp_path / "out")
