@@ -138,6 +138,14 @@ class DeltaNetConfig(PreTrainedConfig):
         self.check()
 
     @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        """As transformers' own; an error names the folder."""
+        try:
+            return super().from_pretrained(path, **kwargs)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As transformers' own; a value of a wrong type is a UserError too."""
         try:

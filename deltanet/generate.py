@@ -41,7 +41,7 @@ def load(model: str, device: torch.device, dtype: torch.dtype | str):
     loaded = load_model(folder, dtype, model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers' readers raise many kinds; all of them mean a bad file
+    except Exception as error:
         raise UserError(f"{model}: unreadable tokenizer: {one_line(error)}") from error
     return loaded.to(device).eval(), tokenizer
 
@@ -53,6 +53,9 @@ def load_model(folder: Path, dtype: torch.dtype | str, name: str):
     safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers' readers raise many kinds; all of them mean a bad file
+        raise UserError(f"{name}: cannot be loaded: {one_line(error)}") from error
+    try:
         refuse_oversized(lambda: AutoModelForCausalLM.from_config(config), folder)
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **safe

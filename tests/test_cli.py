@@ -112,6 +112,17 @@ def test_an_unexpected_error_is_one_line_and_exit_code_1(kind, capsys, monkeypat
         cli.generate_main(["demo", "hello", "--debug"])
 
 
+def test_generate_names_the_folder_of_a_student_that_is_out_of_range(tmp_path, capsys):
+    from deltanet import DeltaNetConfig
+
+    DeltaNetConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"mixer": "x"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.generate_main([str(tmp_path), "hello", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert f"deltanet-generate: {tmp_path}: cannot be loaded: config.mixer is 'x'; allowed: gated_delta" in error
+
+
 def test_what_is_wrong_with_a_path_is_wrong_input(capsys):
     assert cli.generate_main(["x" * 300, "hello"]) == 2
     assert capsys.readouterr().err == f"deltanet-generate: {'x' * 300}: File name too long\n"

@@ -143,6 +143,7 @@ def test_a_value_of_a_wrong_type_in_a_file_is_a_user_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="'mixer': TypeError: Field 'mixer' expected str, got int") as error:
         load_student(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: config: ")
     assert "\n" not in str(error.value)
 
 
