@@ -1,6 +1,6 @@
 """Distils a student for every row of a table, and measures each beside its teacher.
 
-    python -m benchmarks.students TABLE.yaml -o OUT [--rows NAME ...] [KEY.PATH=VALUE ...]
+    python -m benchmarks.students TABLE.yaml -o OUT [--rows NAME,NAME] [KEY.PATH=VALUE ...]
 
 TABLE.yaml (benchmarks/tables/) names a recipe, the texts and tasks to measure on, and for every row the keys of the
 recipe that it changes; KEY.PATH=VALUE is laid over every row (teacher.model=FOLDER). A row that is in OUT already is
@@ -84,15 +84,17 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", help="only these")
+    parser.add_argument("--rows", help="only these, with commas between")
     arguments = parser.parse_intermixed_args()
     table = yaml.safe_load(arguments.table.read_text())
     named = [value for key, _, value in (o.partition("=") for o in arguments.overrides) if key == "teacher.model"]
     teacher = named[-1] if named else yaml.safe_load(Path(table["recipe"]).read_text())["teacher"]["model"]
+    names = arguments.rows.split(",") if arguments.rows else list(table["rows"])
+    if unknown := [name for name in names if name not in table["rows"]]:
+        parser.error(f"--rows: {arguments.table} has no {', '.join(unknown)}; it has {', '.join(table['rows'])}")
     shown: dict[str, dict[str, str]] = {}
-    for name, row in table["rows"].items():
-        if arguments.rows and name not in arguments.rows:
-            continue
+    for name in names:
+        row = table["rows"][name]
         folder = arguments.output / name
         if not (folder / "seconds.json").is_file():
             failed = run(row or {}, table, arguments.overrides, folder, teacher)
