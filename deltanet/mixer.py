@@ -153,7 +153,7 @@ class DeltaMixer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
-        return q, k, v, history
+        return q.to(v.dtype), k.to(v.dtype), v, history  # under autocast norms and rotations give float32
 
     def strengths(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """beta and log decay g of every state head, (B, T, state heads) in float32; g is None without a gate."""

@@ -7,7 +7,7 @@ import torch
 from tiny_student import LAYOUTS, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
-from deltanet import DeltaNetConfig, DeltaNetForCausalLM, UserError, load_student
+from deltanet import DeltaNetConfig, DeltaNetForCausalLM, UserError, load_student, mixer
 
 GREEDY = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 0}
 
@@ -66,6 +66,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": "head"}])
+def test_under_autocast_the_delta_rule_reads_the_low_precision(monkeypatch, changes):
+    """In float32, as norms and rotations leave q and k there, its kernels are many times slower."""
+    seen, rule = [], mixer.delta_rule
+
+    def watched(q, k, v, *args, **kwargs):
+        seen.extend([q.dtype, k.dtype, v.dtype])
+        return rule(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(mixer, "delta_rule", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_model("none", **changes)(tokens(1, 9))
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_every_parameter_of_a_student_gets_a_gradient():
