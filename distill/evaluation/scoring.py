@@ -74,27 +74,44 @@ def score(
     batch_tokens: int | None = None,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> list[Score]:
-    """A score for each request, in their order. batch_tokens: of a padded batch; by default by device and vocabulary.
+    """A score for each request, in their order. batch_tokens: of a padded batch, by default by device; it is smaller
+    where the logits of its continuations would take more than LOGIT_BYTES.
 
     Requests that differ in their last token only share a row. `advance(n)` tells how many requests are done.
     """
     rows: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
         rows.setdefault(request.ids[:-1], []).append(index)
-    if batch_tokens is None:
-        width = subject.model.config.get_text_config().vocab_size
-        batch_tokens = min(BATCH_TOKENS.get(subject.device.type, 2048), max(LOGIT_BYTES // (4 * width), 1))
+
+    def kept(batch: Sequence[tuple[int, ...]]) -> int:
+        return len(batch[0]) + 1 - min(requests[index].start for ids in batch for index in rows[ids])
+
     scores: list[Score | None] = [None] * len(requests)
     order = sorted(rows, key=len, reverse=True)
     first = 0
     while first < len(order):
-        batch = order[first : first + max(batch_tokens // len(order[first]), 1)]
+        batch = fitting(subject, order[first:], len(order[first]), kept, batch_tokens)
         first += len(batch)
         wanted = [(row, requests[index], index) for row, ids in enumerate(batch) for index in rows[ids]]
         for (_, _, index), found in zip(wanted, _score_batch(subject, batch, wanted)):
             scores[index] = found
         advance(len(wanted))
     return scores
+
+
+def fitting(
+    subject: Subject,
+    rows: Sequence,
+    longest: int,
+    kept: Callable[[Sequence], int],
+    batch_tokens: int | None = None,
+) -> Sequence:
+    """The first of `rows`, at least one: as many as make `batch_tokens` (by default by device) when padded to the
+    `longest`, and whose logits take at most LOGIT_BYTES; `kept(rows)` says at how many positions each row has any."""
+    batch_tokens = batch_tokens or BATCH_TOKENS.get(subject.device.type, 2048)
+    batch = rows[: max(batch_tokens // longest, 1)]
+    logits = LOGIT_BYTES // (4 * subject.model.config.get_text_config().vocab_size)
+    return batch[: max(logits // kept(batch), 1)]
 
 
 def _score_batch(subject: Subject, batch: list[tuple[int, ...]], wanted: list[tuple]) -> list[Score]:

@@ -5,7 +5,7 @@ more, and training and test never share a stream. Twin: tests/distill/evaluation
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ import torch
 from deltanet.errors import UserError, nearest
 
 from ..result import TaskResult, mean
-from ..scoring import BATCH_TOKENS, LOGIT_BYTES
+from ..scoring import fitting
 from ..subject import Subject
 from .example import Example, floors, means
 from .words import vocabulary
@@ -133,17 +133,16 @@ def answers(subject: Subject, examples: list[Example]) -> list[dict[int, int]]:
 
     An answer of several tokens is right here exactly where greedy decoding gives it.
     """
-    width = subject.model.config.get_text_config().vocab_size
-    batch_tokens = min(BATCH_TOKENS.get(subject.device.type, 2048), max(LOGIT_BYTES // (4 * width), 1))
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].ids))
     said: list[dict[int, int]] = [{} for _ in examples]
     while order:
         longest = len(examples[order[0]].ids)
-        batch, order = order[: max(batch_tokens // longest, 1)], order[max(batch_tokens // longest, 1) :]
+        batch = fitting(subject, order, longest, lambda rows: len(_positions(examples, rows)))
+        order = order[len(batch) :]
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, index in enumerate(batch):
             ids[row, : len(examples[index].ids)] = torch.tensor(examples[index].ids)
-        wanted = sorted({at for index in batch for at in examples[index].positions})
+        wanted = sorted(_positions(examples, batch))
         keep = torch.tensor(wanted, device=subject.device) - 1  # position i says what comes at i + 1
         logits = subject.model(ids.to(subject.device), use_cache=False, logits_to_keep=keep).logits
         for row, index in enumerate(batch):
@@ -153,6 +152,10 @@ def answers(subject: Subject, examples: list[Example]) -> list[dict[int, int]]:
             for at in examples[index].positions:
                 said[index][at] = choices[best[at]] if choices else best[at]
     return said
+
+
+def _positions(examples: list[Example], rows: Iterable[int]) -> set[int]:
+    return {at for row in rows for at in examples[row].positions}
 
 
 def _sample(tokenizer, example: Example, said: dict[int, int]) -> dict[str, str]:

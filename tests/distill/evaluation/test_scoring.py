@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltanet.errors import UserError
+from distill.evaluation import scoring
 from distill.evaluation.scoring import Request, encode, opening_ids, score
 
 PAIRS = [
@@ -48,6 +49,22 @@ def test_the_size_of_a_batch_changes_nothing(which, request):
     for one, other in zip(alone, together):
         assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=CLOSE)
         assert one.is_greedy == other.is_greedy
+
+
+def test_a_batch_holds_as_many_rows_as_the_logits_of_their_continuations_allow(student, monkeypatch):
+    made, forward = [], student.model.forward
+
+    def watched(ids, **rest):
+        out = forward(ids, **rest)
+        made.append(out.logits.shape[:2])
+        return out
+
+    monkeypatch.setattr(student.model, "forward", watched)
+    requests = [Request((*range(5, 24), last), 18) for last in range(30, 38)]  # two tokens each, of one context
+    requests = [Request((n, *request.ids[1:]), 18) for n, request in enumerate(requests)]
+    monkeypatch.setattr(scoring, "LOGIT_BYTES", 4 * 1024 * 6)  # six positions of 1,024 tokens
+    score(student, requests, batch_tokens=1000)
+    assert made == [(3, 2), (3, 2), (2, 2)]
 
 
 def test_what_a_model_would_say_itself_is_greedy_and_nothing_else(student):
