@@ -55,7 +55,8 @@ def describe(recipe: Recipe, cache: Path) -> str:
         plans = plan_stages(recipe, prepared)
     held_out_sequences(recipe, prepared)
     vocab_size = min((teacher or config).vocab_size, len(tokenizer))
-    check_tasks(tasks, tokenizer, vocab_size, (teacher or config).max_position_embeddings)
+    longest, limit = (teacher or config).max_position_embeddings, recipe.evaluation.task_examples
+    check_tasks(tasks, tokenizer, vocab_size, longest, limit)
     lines = ["teacher  none"]
     if teacher is not None:
         lines = [f"teacher  {recipe.teacher.model}, {_count(teacher) / 1e6:,.1f} M parameters"]

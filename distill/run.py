@@ -138,7 +138,8 @@ class _Run:
         self.plans = plan_stages(self.recipe, prepared)
         self.held_out = held_out_sequences(self.recipe, prepared)
         once(self.world, lambda: self._write_records(prepared))
-        once(self.world, lambda: check_tasks(self.tasks, tokenizer, self.vocab_size, longest))
+        limit = self.recipe.evaluation.task_examples
+        once(self.world, lambda: check_tasks(self.tasks, tokenizer, self.vocab_size, longest, limit))
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         if self.world.is_main:
             self.log.sinks = trackers(self.recipe.logging, self.folder, self.folder.name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .evaluation.selection import Chosen
+from .evaluation.subject import Reader
 from .evaluation.tasks import TASKS
 from .schema import Source
 
@@ -25,9 +26,12 @@ def trained_tasks(sources: Sequence[Source]) -> list[Chosen]:
     return chosen
 
 
-def check_tasks(chosen: Sequence[Chosen], tokenizer, vocab_size: int, max_context: int) -> None:
-    """Raises UserError for a generated task that was asked for and has no level that the model could be given, so that
-    a run does not find out at its end."""
+def check_tasks(
+    chosen: Sequence[Chosen], tokenizer, vocab_size: int, max_context: int, limit: int | None = None
+) -> None:
+    """Raises UserError for a generated task that was asked for and has no level that the model could be given, and for
+    a row of a standard set (of its first `limit`) that is too long, so that a run does not find out at its end."""
     for one in chosen:
         if one.is_generated and one.is_named:
             one.task.fitting(tokenizer, vocab_size, seed=0, max_context=max_context)
+        one.check(Reader(tokenizer, max_context), limit)

@@ -12,7 +12,7 @@ import torch
 
 from deltanet.errors import UserError
 
-from .subject import Subject
+from .subject import Reader, Subject
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 LOGIT_BYTES = 2**29  # of the float32 logits of a batch
@@ -37,11 +37,11 @@ class Score:
     is_greedy: bool
 
 
-def encode(subject: Subject, context: str, continuation: str) -> Request:
+def encode(reader: Reader | Subject, context: str, continuation: str) -> Request:
     """Raises UserError for an empty continuation, and for one that leaves no room for a token before it."""
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
-    tokenizer = subject.tokenizer
+    tokenizer = reader.tokenizer
     opening = opening_ids(tokenizer)
     before = tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"] if context else []
     whole = tokenizer(context + continuation, add_special_tokens=False, verbose=False)["input_ids"]
@@ -51,9 +51,9 @@ def encode(subject: Subject, context: str, continuation: str) -> Request:
     ids, start = opening + whole, len(opening) + len(before)
     if not 0 < start < len(ids):
         raise UserError(f"continuation {continuation!r}: nothing to score after the context {context[-40:]!r}")
-    surplus = max(len(ids) - subject.max_context, 0)
+    surplus = max(len(ids) - reader.max_context, 0)
     if surplus >= start:
-        raise UserError(f"continuation {continuation[:40]!r}...: longer than the model's range, {subject.max_context}")
+        raise UserError(f"continuation {continuation[:40]!r}...: longer than the model's range, {reader.max_context}")
     return Request(tuple(ids[surplus:]), start - surplus, surplus > 0)
 
 

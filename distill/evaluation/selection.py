@@ -11,7 +11,7 @@ from deltanet.errors import UserError, nearest
 
 from .result import TaskResult
 from .sets import StandardSet, read_set
-from .subject import Subject
+from .subject import Reader, Subject
 from .tasks import TASKS
 from .tasks.classification import FileTask
 
@@ -47,10 +47,10 @@ class Chosen:
             return [result]
         return self.task.run(subject, limit=limit, advance=advance)
 
-    def check(self, subject: Subject, limit: int | None) -> None:
+    def check(self, reader: Reader | Subject, limit: int | None) -> None:
         """Raises UserError where a row of a standard set is too long for the model, before hours go into others."""
         if not self.is_generated:
-            self.task.requests(subject, limit)
+            self.task.requests(reader, limit)
 
 
 def select(names: Sequence[str], option: str = "--tasks") -> list[Chosen]:

@@ -19,7 +19,7 @@ from deltanet.errors import UserError
 
 from .result import TaskResult, mean, share
 from .scoring import Request, Score, encode, score
-from .subject import Subject
+from .subject import Reader, Subject
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHOWN = 3
@@ -81,12 +81,12 @@ class StandardSet:
             _letters(self.name, rows, _grouped(scores[len(plain) :], rows, lambda row: len(row.options) ** 2)),
         ]
 
-    def requests(self, subject: Subject, limit: int | None) -> list[Request]:
+    def requests(self, reader: Reader | Subject, limit: int | None) -> list[Request]:
         """The continuations of the first `limit` rows. Raises UserError naming the row where one cannot be scored."""
         found = []
         for number, row in enumerate(self.rows[:limit], 1):
             try:
-                found += [encode(subject, row.context, continuation) for continuation in row.continuations]
+                found += [encode(reader, row.context, continuation) for continuation in row.continuations]
             except UserError as error:
                 raise UserError(f"{self.name}, row {number}: {error}") from None
         return found

@@ -14,6 +14,14 @@ from deltanet.generate import load_model, pick_device, pick_dtype
 
 
 @dataclass(frozen=True)
+class Reader:
+    """What texts are read with, before there is a model: as much of a Subject."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_context: int
+
+
+@dataclass(frozen=True)
 class Subject:
     """A student or a plain transformer, in evaluation mode on `device`.
 

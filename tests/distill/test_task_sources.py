@@ -1,7 +1,6 @@
 """Generated tasks as sources: what is a target, what is measured at the end, and what cannot be trained on."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from deltanet.errors import UserError
 from distill.data import Corpus, whole
 from distill.evaluation.selection import Chosen
+from distill.evaluation.sets import read_set
 from distill.evaluation.tasks import TASKS
 from distill.evaluation.tasks.words import word_tokenizer
 from distill.packing import IGNORED
@@ -167,7 +167,17 @@ def test_a_task_of_rows_is_tokenised_anew_when_its_file_changes(tmp_path):
 
 def test_only_generated_tasks_that_were_named_are_checked():
     task = TASKS["repeat"]
-    check_tasks([Chosen("repeat", task, True, is_named=False), Chosen("a", SimpleNamespace(), False)], TOKENIZER, 64, 9)
+    check_tasks([Chosen("repeat", task, True, is_named=False)], TOKENIZER, 64, 9)
     check_tasks([Chosen("repeat", task, True)], TOKENIZER, 64, 96)
     with pytest.raises(UserError, match=r"task repeat: its level '64 back' takes 96 tokens, the model 95"):
         check_tasks([Chosen("repeat", task, True)], TOKENIZER, 64, 95)
+
+
+def test_a_row_of_a_set_that_is_too_long_is_found_before_the_run(tmp_path):
+    rows = [{"goal": "w0", "sol1": "w1", "sol2": answer, "label": 0} for answer in ("w2", "w2 " * 10)]
+    path = tmp_path / "piqa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = [Chosen("piqa", read_set(path), False)]
+    check_tasks(chosen, TOKENIZER, 64, 9, limit=1)
+    with pytest.raises(UserError, match=r"piqa, row 2: continuation .* longer than the model's range, 9"):
+        check_tasks(chosen, TOKENIZER, 64, 9)
