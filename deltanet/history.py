@@ -52,6 +52,10 @@ class History:
         slot = (self.reach + self.offset - j).clamp(0, self.reach - 1)
         return torch.where(inside, shifted, self.past[self.document, slot][None])
 
+    def windows(self) -> torch.Tensor:
+        """(B, T, C, reach + 1): at each token the vectors of `back`, this token's last; not of packed documents."""
+        return self.extended.unfold(1, self.reach + 1, 1)
+
     def is_first(self, new: torch.Tensor | None = None) -> torch.Tensor:
         """(1, T) bool: the first token of a document; with `new` (N,) bool only of those documents."""
         if self.cu_seqlens is None:

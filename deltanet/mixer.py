@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, D hidden size, HQ query heads, KV key/value heads, hd
 """
 
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ LONGEST_STEP = 16
 
 def _aligned(memories: list[torch.Tensor]) -> torch.Tensor:
     """(N, C, L) side by side along C, the shorter ones filled up in front."""
+    if len(memories) == 1:
+        return memories[0]
     reach = max(m.shape[2] for m in memories)
     return torch.cat([F.pad(m, (reach - m.shape[2], 0)) for m in memories], 1)
 
@@ -88,6 +91,8 @@ class DeltaMixer(nn.Module):
     def __init__(self, config: DeltaNetConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        # The same fields, without what transformers runs at every access: ten a layer, which decoding feels.
+        self.settings = SimpleNamespace(**vars(config))
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.group = self.num_heads // self.num_kv_heads
         hidden, state_heads = config.hidden_size, config.num_state_heads
@@ -140,13 +145,13 @@ class DeltaMixer(nn.Module):
         convolution read, or None without one. `past` is the convolution's memory (N, channels, conv_kernel - 1)."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         history = None
-        if self.config.conv_kernel:
+        if self.settings.conv_kernel:
             history = History(torch.cat([q, k, v], -1), self.conv_reach, past, cu_seqlens)
             first, second = q.shape[-1], q.shape[-1] + k.shape[-1]
             q = self.q_conv(history, slice(0, first))
             k = self.k_conv(history, slice(first, second))
             v = self.v_conv(history, slice(second, None))
-        if self.config.qkv_activation == "silu":
+        if self.settings.qkv_activation == "silu":
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         q, k, v = (y.view(*y.shape[:2], -1, self.head_dim) for y in (q, k, v))
         if self.norms_qk:
@@ -157,13 +162,15 @@ class DeltaMixer(nn.Module):
 
     def strengths(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """beta and log decay g of every state head, (B, T, state heads) in float32; g is None without a gate."""
-        beta = self.config.beta_max * torch.sigmoid(self.b_proj(x).float())
-        g = -F.softplus(self.a_proj(x).float()) if self.config.mixer == "gated_delta" else None
+        beta = torch.sigmoid(self.b_proj(x).float())
+        if self.settings.beta_max != 1:
+            beta = self.settings.beta_max * beta
+        g = -F.softplus(self.a_proj(x).float()) if self.settings.mixer == "gated_delta" else None
         return beta, g
 
     def expand(self, y: torch.Tensor) -> torch.Tensor:
         """(B, T, KV, hd) -> one row per state head: head h gets key/value head h // group."""
-        return y.repeat_interleave(self.group, dim=2) if self.config.state_heads == "expanded" else y
+        return y.repeat_interleave(self.group, dim=2) if self.settings.state_heads == "expanded" else y
 
     def read(
         self,
@@ -194,21 +201,25 @@ class DeltaMixer(nn.Module):
         """What o_proj multiplies, (B, T, HQ * hd), from x (B, T, D), z (B, T, HQ, hd) and the history of v."""
         batch, tokens = x.shape[:2]
         o = z
-        if self.config.read_gate:
+        if self.settings.read_gate:
             o = o * self.read_proj(x)[..., None]
-        if self.config.skip_taps:
+        if self.settings.skip_taps:
             taps = self.skip_proj(x).view(batch, tokens, self.num_kv_heads, self.group, -1)
             o = o.reshape(batch, tokens, self.num_kv_heads, self.group, self.head_dim)
-            for j in range(self.config.skip_taps):
-                v_j = skipped.back(j).view(batch, tokens, self.num_kv_heads, 1, self.head_dim)
-                o = o + taps[..., j, None] * v_j
+            if tokens <= LONGEST_STEP and skipped.cu_seqlens is None:  # one product in place of two passes a tap
+                window = skipped.windows().view(batch, tokens, self.num_kv_heads, self.head_dim, -1)
+                o = o + taps.flip(-1) @ window.mT
+            else:
+                for j in range(self.settings.skip_taps):
+                    v_j = skipped.back(j).view(batch, tokens, self.num_kv_heads, 1, self.head_dim)
+                    o = o + taps[..., j, None] * v_j
             o = o.reshape(batch, tokens, self.num_heads, self.head_dim)
-        if self.config.head_norm:
+        if self.settings.head_norm:
             o = self.head_norm(o)
         o = o.reshape(batch, tokens, -1)
-        if self.config.output_gate:
+        if self.settings.output_gate:
             gate = self.g_proj(x)
-            o = o * (F.silu(gate) if self.config.gate_activation == "silu" else 2 * torch.sigmoid(gate))
+            o = o * (F.silu(gate) if self.settings.gate_activation == "silu" else 2 * torch.sigmoid(gate))
         return o
 
     def forward(
@@ -253,7 +264,7 @@ class DeltaMixer(nn.Module):
         q, k, v, convolved = self.project(x, position_embeddings, conv_past, cu_seqlens)
         skipped = History(v.flatten(2), self.skip_reach, skip_past, cu_seqlens)
         beta, g = self.strengths(x)
-        is_first = self._first_tokens(layer, skipped) if self.config.exact_start else None
+        is_first = self._first_tokens(layer, skipped) if self.settings.exact_start else None
         histories = [h for h in (convolved, skipped) if h is not None and h.reach]
         if getattr(layer, "record_past", False):
             z = self._recorded(layer, q, k, v, beta, g, cu_seqlens, histories)
