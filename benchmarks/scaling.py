@@ -181,8 +181,9 @@ def measure(task: dict, world) -> dict:
     rate = tokens / seconds / world.size
     low = settings.precision == "bf16"
     parts_of_teacher = world.size if task["shard"] else 1
-    held = teaching.count / parts_of_teacher * (not task["offload_teacher"])
-    counted = held_bytes(task["zero"], world.size, low=low, trained=taught.count, teacher=held) + activation_bytes(
+    its_part = teaching.count / parts_of_teacher * (not task["offload_teacher"])
+    held = held_bytes(task["zero"], world.size, low=low, trained=taught.count, teacher=its_part)
+    activations = activation_bytes(
         student.config,
         task["micro"] * task["length"],
         low=low,
@@ -195,7 +196,8 @@ def measure(task: dict, world) -> dict:
         "tokens_per_second_per_gpu": rate,
         "peak_gib": max(world.gather(max(parts.peaks.values()))),
         "peak_gib_by_part": parts.peaks,
-        "counted_gib": counted / 2**30,
+        "held_gib": held / 2**30,
+        "activations_gib": activations / 2**30,
         "seconds": {name: value / measured for name, value in parts.seconds().items()} | {"all": seconds / measured},
         "flop_use": rate
         * flops_per_token(shape, [kind != "full_attention" for kind in kinds], task["length"] / 3)
@@ -322,7 +324,8 @@ def launch(tasks: list[dict], gpus: int, log: Path) -> Iterator[dict]:
 
 def show(found: dict) -> None:
     seconds = "  ".join(f"{name} {value:.3f}" for name, value in found["seconds"].items())
-    rate, peak, counted = found["tokens_per_second_per_gpu"], found["peak_gib"], found["counted_gib"]
+    rate, peak = found["tokens_per_second_per_gpu"], found["peak_gib"]
+    counted = found["held_gib"] + found["activations_gib"]
     memory = f"{peak:.1f} GiB ({counted:.1f} by the dry run)"
     print(f"{label(found)}: {rate:,.0f} tokens/s a GPU, {memory}, {found['flop_use']:.1%} of peak")
     peaks = "  ".join(f"{name} {value:.1f}" for name, value in found["peak_gib_by_part"].items())

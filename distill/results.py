@@ -51,7 +51,7 @@ def write_results(
     shown, size = show(recipe), parse_size("export.max_shard_size", options.max_shard_size)
     export(student, companions, out, dtype=options.dtype, max_shard_size=size, recipe=shown, report=facts)
     print(write_report(folder, facts, read_metrics(folder / "metrics.jsonl")))
-    print(f"\nexport   {out}")
+    print(f"\nexport   {out}", flush=True)  # what follows may take long
     if tasks or evaluation.contexts:
         text = held_out if has_text else ()
         subject = _subject(recipe, teacher, tokenizer)

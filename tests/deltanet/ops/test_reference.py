@@ -53,7 +53,8 @@ def test_query_heads_read_the_state_of_their_group():
         h = slice(head // 2, head // 2 + 1)
         k, v, beta, g = (x[:, :, h] for x in (made.k, made.v, made.beta, made.g))
         alone, _ = delta_rule(made.q[:, :, head : head + 1], k, v, beta, g=g, **REFERENCE)
-        assert torch.equal(grouped[:, :, head : head + 1], alone)
+        # Some CPUs sum the products of a larger batch in another order.
+        torch.testing.assert_close(grouped[:, :, head : head + 1], alone, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
