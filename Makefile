@@ -15,8 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[test]"
 	touch $@
 
-# Threads that sleep while they wait: spinning ones lose their turns, and most of the speed, where the cores are shared.
-quickstart: export OMP_WAIT_POLICY ?= PASSIVE
+# Where other work shares the cores, OMP_WAIT_POLICY=PASSIVE keeps most of the speed; on idle ones it halves it.
 quickstart: install
 	$(VENV)/bin/deltanet-distill recipes/quickstart.yaml -o quickstart
 	$(VENV)/bin/deltanet-generate quickstart/export "Once upon a time" --max-new-tokens 60
