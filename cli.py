@@ -1,6 +1,6 @@
 """The commands. Each parses its arguments and calls one function; nothing heavy is imported before that.
 
-Exit codes: 0 done, 1 failure, 2 wrong input, 75 interrupted with everything saved, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 failure, 2 wrong input, 75 interrupted with everything saved, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python -m benchmarks.loss [--tokens 8192] [--vocabulary 128256] [--width 2048]
 
-Forward and backward on random hidden states and heads, medians of --rounds turns after two. Extra
-memory is the peak above what inputs and their gradients take. The chunked loss is `distill.losses.vocabulary_loss`; the
-other is what PyTorch makes of the definition. On a CPU memory is not told.
+Forward and backward on random hidden states and heads, medians of --rounds turns after two. Extra memory is the peak
+above what inputs and their gradients take. The chunked loss is `distill.losses.vocabulary_loss`; the other is what
+PyTorch makes of the definition. On a CPU memory is not told.
 """
 
 import argparse
