@@ -1,10 +1,14 @@
 """Distils a student for every row of a table, and measures each beside its teacher.
 
-    python -m benchmarks.students TABLE.yaml -o OUT [--rows NAME,NAME] [KEY.PATH=VALUE ...]
+    python -m benchmarks.students TABLE.yaml -o OUT [--rows NAME,NAME] [--jobs N] [KEY.PATH=VALUE ...]
 
 TABLE.yaml (benchmarks/tables/) names a recipe, the texts and tasks to measure on, and for every row the keys of the
-recipe that it changes; KEY.PATH=VALUE is laid over every row (teacher.model=FOLDER). A row that is in OUT already is
-not run again; one that fails is told, the others go on. Results: OUT/ROW/eval/TEXT, OUT/students.md.
+recipe that it changes; KEY.PATH=VALUE changes the recipe of every row first (teacher.model=FOLDER). What the teacher
+writes and the tokens are made once, in OUT/written and OUT/tokens, for all rows. A row that is in OUT already is not
+run again; one that fails is told, the others go on. Results: OUT/ROW/eval/TEXT, OUT/students.md.
+
+Small models leave a GPU waiting for their process, so several rows at once (--jobs) take less time in all, and less
+again where `nvidia-cuda-mps-control -d` was started before (docs/results/students.md).
 """
 
 import argparse
@@ -12,9 +16,20 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import yaml
+
+from convert.command import load_tokenizer
+from convert.loading import load_teacher
+from convert.sources import open_source
+from distill.recipe import load_recipe
+from distill.teacher_text import written_source
+
+SHARED = ("written", "tokens")
+"""Folders of a run that depend on the teacher and the data alone."""
 
 
 def call(main: str, arguments: list[str], log: Path) -> bool:
@@ -24,13 +39,30 @@ def call(main: str, arguments: list[str], log: Path) -> bool:
         return subprocess.run([sys.executable, "-c", code, *arguments], stdout=file, stderr=file).returncode == 0
 
 
+def write_texts(recipe: str, overrides: list[str], folder: Path) -> None:
+    """Has the teacher write what the recipe's sources ask of it, as a run would."""
+    read = load_recipe(recipe, overrides)
+    sources = [source for source in read.data.sources if source.from_teacher is not None]
+    if not sources:
+        return
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    with open_source(read.teacher.model, read.teacher.revision) as found:
+        teacher, tokenizer = load_teacher(found.folder, dtype).to(device), load_tokenizer(found.folder)
+    for source in sources:
+        written_source(source, teacher, tokenizer, folder, read.data.seed)
+
+
 def run(row: dict, table: dict, overrides: list[str], folder: Path, teacher: str) -> str | None:
     """Distils one row into `folder` and measures it; returns what failed, if anything did."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run").mkdir(parents=True, exist_ok=True)
+    for name in SHARED:
+        (folder.parent / name).mkdir(exist_ok=True)
+        if not (folder / "run" / name).exists():
+            (folder / "run" / name).symlink_to(Path("../..") / name)
     keys = [f"{key}={json.dumps(value)}" for key, value in row.items()]
     began = time.monotonic()
     if not (folder / "run" / "export").is_dir():
-        arguments = [table["recipe"], *keys, *overrides, "-o", str(folder / "run")]
+        arguments = [table["recipe"], *overrides, *keys, "-o", str(folder / "run")]
         if not call("distill_main", arguments, folder / "distill.log"):
             return "distillation"
     seconds = time.monotonic() - began
@@ -85,6 +117,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--rows", help="only these, with commas between")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once on one GPU")
     arguments = parser.parse_intermixed_args()
     table = yaml.safe_load(arguments.table.read_text())
     named = [value for key, _, value in (o.partition("=") for o in arguments.overrides) if key == "teacher.model"]
@@ -92,21 +125,36 @@ def main() -> None:
     names = arguments.rows.split(",") if arguments.rows else list(table["rows"])
     if unknown := [name for name in names if name not in table["rows"]]:
         parser.error(f"--rows: {arguments.table} has no {', '.join(unknown)}; it has {', '.join(table['rows'])}")
+    todo = [name for name in names if not (arguments.output / name / "seconds.json").is_file()]
+    if todo:
+        write_texts(table["recipe"], arguments.overrides, arguments.output / "written")
+    torch.cuda.empty_cache()
+
+    def finish(name: str) -> None:
+        folder = arguments.output / name
+        failed = run(table["rows"][name] or {}, table, arguments.overrides, folder, teacher)
+        if failed:
+            print(f"{name}: the {failed} failed; its log is in {folder}", file=sys.stderr, flush=True)
+        else:
+            write_table(names, table, arguments.output)
+            print(f"{name}: done", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(finish, todo))
+    print(write_table(names, table, arguments.output))
+
+
+def write_table(names: list[str], table: dict, output: Path) -> str:
+    """OUT/students.md, of the rows that are there."""
     shown: dict[str, dict[str, str]] = {}
     for name in names:
-        row = table["rows"][name]
-        folder = arguments.output / name
-        if not (folder / "seconds.json").is_file():
-            failed = run(row or {}, table, arguments.overrides, folder, teacher)
-            if failed:
-                print(f"{name}: the {failed} failed; its log is in {folder}", file=sys.stderr, flush=True)
-                continue
-        columns, shown["teacher"] = figures(folder, table)
-        seconds = json.loads((folder / "seconds.json").read_text())["distil"]
-        shown[name] = columns | {"seconds to distil": f"{seconds:.0f}"}
-        (arguments.output / "students.md").write_text(markdown(shown) + "\n")
-        print(name, shown[name], flush=True)
-    print(markdown(shown))
+        if (output / name / "seconds.json").is_file():
+            columns, shown["teacher"] = figures(output / name, table)
+            seconds = json.loads((output / name / "seconds.json").read_text())["distil"]
+            shown[name] = columns | {"seconds to distil": f"{seconds:.0f}"}
+    text = markdown(shown)
+    (output / "students.md").write_text(text + "\n")
+    return text
 
 
 if __name__ == "__main__":
