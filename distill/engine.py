@@ -140,6 +140,9 @@ class Engine:
             for name, p in module.named_parameters()
             if source is None and not p.requires_grad and settings.casts_parameters and p.dtype != torch.bfloat16
         }
+        # DeepSpeed (0.19) turns off an autocast that was entered outside of it, and its own is a global of the process.
+        self._forward = module.forward
+        module.forward = self._computing
         fillers = nn.ParameterList()
         if settings.zero_stage in (1, 2):
             groups = _aligned(groups, fillers, world.device)
@@ -183,9 +186,12 @@ class Engine:
             return torch.autocast(self.world.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def forward(self, *args, **kwargs):
+    def _computing(self, *args, **kwargs):
         with self.compute():
-            return self.deepspeed(*args, **kwargs)
+            return self._forward(*args, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        return self.deepspeed(*args, **kwargs)
 
     def backward(self, share: torch.Tensor) -> None:
         """Accumulates the gradient of this micro-batch's share of the step's loss: the shares of all micro-batches of
@@ -294,6 +300,7 @@ class Engine:
     def close(self) -> None:
         """Lets go of DeepSpeed's hooks and buffers; the module itself is not usable for training afterwards."""
         self.deepspeed.destroy()
+        self.module.forward = self._forward
         if self.settings.zero_stage == 3:
             _let_go(self.module)
 

@@ -24,7 +24,9 @@ class Tiny(nn.Module):
         self.register_buffer("frequencies", torch.tensor([1.0 / 3]))
 
     def forward(self, ids, goal, valid):
-        out = self.frozen(self.down(self.norm(torch.relu(self.up(self.embed(ids))))))
+        up = self.up(self.embed(ids))
+        self.computed_in = up.dtype
+        out = self.frozen(self.down(self.norm(torch.relu(up))))
         return ((out.float() - goal).square().sum(-1) * valid).sum()
 
 
@@ -81,6 +83,7 @@ def trial(settings, world) -> dict:
     frequencies = engine.module.frequencies.clone()
     fresh = {name: tensor.clone() for name, tensor in engine.full_tensors()}
     losses = [take(engine, step) for step in range(STEPS)]
+    computed_in = engine.module.computed_in
     middle = snapshot(engine)
     skipped = take(engine, STEPS, poisoned=1)
     after_skip = snapshot(engine)
@@ -110,6 +113,7 @@ def trial(settings, world) -> dict:
         "starts": starts,
         "frequencies": frequencies,
         "losses": losses,
+        "computed_in": computed_in,
         "middle": middle,
         "skipped": skipped,
         "after_skip": after_skip,

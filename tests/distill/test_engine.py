@@ -102,6 +102,12 @@ def test_two_processes_agree_with_one_though_their_valid_tokens_differ(one, two)
         )
 
 
+@pytest.mark.parametrize("trial", TRIALS)
+def test_products_are_made_in_the_precision_asked_for(two, trial):
+    """DeepSpeed turns off an autocast that is entered around it."""
+    assert two[trial]["computed_in"] == {EXACT: torch.float32, ROUNDED: torch.bfloat16}[trial[1]]
+
+
 def test_bfloat16_keeps_updates_smaller_than_its_own_rounding(two):
     """After four steps no norm weight, 1.0 at first, is a bfloat16 number: the master is float32."""
     for stage in (0, 1, 2, 3):
