@@ -200,12 +200,14 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        longest: int | None = None,
         past_key_values=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """input_ids (B, T) or inputs_embeds (B, T, D); attention_mask (B, past + T) with 0 at padding.
 
-        cu_seqlens (N + 1,) int32: B = 1 holds N packed documents, which do not see each other.
+        cu_seqlens (N + 1,) int32: B = 1 holds N packed documents, which do not see each other. longest: tokens of the
+        longest of them, for a caller who knows; else the device is asked, which waits for all it has to do.
         cache and past_key_values are two names of the same argument.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -225,13 +227,16 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             _teach(cache)
             cache.seen_tokens = _seen_tokens(cache) + tokens
 
-        masks, longest = attention_mask, None
+        masks = attention_mask
         packs = self.config._attn_implementation == "sdpa" and not self.config.attention_dropout
         if cu_seqlens is not None and packs:
             # No mask, which would be as large as the square of the row. The bound is a power of two, so that compiled
             # code sees few different ones.
-            masks, longest = dict.fromkeys(self.config.layer_types), 1 << int(cu_seqlens.diff().max()).bit_length()
-        elif not isinstance(masks, dict):
+            longest = int(cu_seqlens.diff().max()) if longest is None else longest
+            masks, longest = dict.fromkeys(self.config.layer_types), 1 << longest.bit_length()
+        else:
+            longest = None
+        if longest is None and not isinstance(masks, dict):
             masks = self._masks(inputs_embeds, attention_mask, position_ids, cache)
         hidden_states = inputs_embeds
         rotations = self.rotary_emb(hidden_states, position_ids=position_ids)

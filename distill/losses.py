@@ -129,8 +129,9 @@ def vocabulary_loss(
     weight: torch.Tensor,
     targets: torch.Tensor,
     terms: Sequence[Term],
-    num_valid: int | torch.Tensor,
+    num_valid: float | torch.Tensor,
     *,
+    valid: torch.Tensor | None = None,
     teacher_hidden: torch.Tensor | None = None,
     teacher_weight: torch.Tensor | None = None,
     top_k: TopK | None = None,
@@ -142,8 +143,10 @@ def vocabulary_loss(
     hidden (..., D) after the last norm; weight (V, D) of the head; targets (...) the next token or IGNORED, shaped like
     hidden without D; the teacher's likewise, of any width, without gradient, or instead `top_k`, a row for each valid
     position in their order, which serves `forward_kl` at T = 1 alone. num_valid: valid positions of the whole step,
-    over micro-batches and processes; zero gives zero. vocab_size: rows beyond it are padding of the vocabulary and
-    take no part. chunk_tokens: positions whose logits exist at once (by default what CHUNK_BYTES holds).
+    over micro-batches and processes; zero gives zero. valid (n) int64: where this call's are in `targets` laid flat,
+    for a caller who knows; else the device is asked, which waits for all it has to do. vocab_size: rows beyond it are
+    padding of the vocabulary and take no part. chunk_tokens: positions whose logits exist at once (by default what
+    CHUNK_BYTES holds).
 
     The number of chunks depends on the shapes alone. Gradients reach `hidden` and `weight` (each only if it needs
     one); those of positions that are not valid are exactly zero. Raises ValueError for shapes that do not fit.
@@ -176,7 +179,12 @@ def vocabulary_loss(
     fused = fused and top_k is None
     logit_bytes = 2 * hidden.element_size() + FLOATS * (not fused)
     num_chunks = num_chunks_for(len(targets), vocab_size, chunk_tokens, logit_bytes)
-    scale = 1.0 / torch.as_tensor(num_valid, dtype=torch.float64, device=hidden.device).clamp(min=1)
+    if isinstance(num_valid, torch.Tensor):
+        scale = 1.0 / num_valid.to(hidden.device, torch.float64).clamp(min=1)
+    else:
+        scale = torch.full((), 1.0 / max(num_valid, 1), dtype=torch.float64, device=hidden.device)
+    if valid is None:
+        valid = (targets != IGNORED).nonzero()[:, 0]
     loss, parts = _Chunked.apply(
         hidden,
         weight,
@@ -184,6 +192,7 @@ def vocabulary_loss(
         teacher_weight,
         top_k,
         targets,
+        valid,
         tuple(terms),
         scale,
         vocab_size,
@@ -207,15 +216,15 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, teacher_hidden, teacher_weight, top_k, targets, terms, scale, vocab_size, num_chunks, fused
-    ):
+        ctx, hidden, weight, teacher_hidden, teacher_weight, top_k, targets, valid, terms, scale, vocab_size,
+        num_chunks, fused,
+    ):  # fmt: skip
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         head = weight[:vocab_size]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         parts = torch.zeros(len(terms), dtype=torch.float64, device=hidden.device)
         # Work goes by valid positions; their share of each chunk varies, the number of chunks does not.
-        valid = (targets != IGNORED).nonzero()[:, 0]
         if fused:
             from .forward_kl_kernel import forward_kl_
         if top_k is not None and len(top_k.ids) != len(valid):
@@ -258,8 +267,8 @@ class _Chunked(torch.autograd.Function):
         parts *= scale
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(parts)
-        weights = torch.tensor([term.weight for term in terms], dtype=torch.float64, device=parts.device)
-        return (parts * weights).sum().to(torch.promote_types(hidden.dtype, torch.float32)), parts
+        loss = sum(term.weight * part for term, part in zip(terms, parts))
+        return loss.to(torch.promote_types(hidden.dtype, torch.float32)), parts
 
     @staticmethod
     @once_differentiable
@@ -269,7 +278,7 @@ class _Chunked(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight * grad_loss.to(grad_weight.dtype)
-        return grad_hidden, grad_weight, *[None] * 9
+        return grad_hidden, grad_weight, *[None] * 10
 
 
 def token_logprobs(

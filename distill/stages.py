@@ -164,6 +164,7 @@ class Whole(nn.Module):
                 batch.targets,
                 vocabulary,
                 count,
+                valid=batch.valid,
                 teacher_hidden=None if goal is None else goal.last_hidden_state,
                 teacher_weight=None if goal is None else head(teacher),
                 top_k=batch.top_k if goal is None else None,
@@ -246,6 +247,7 @@ def run_decoder(model: DeltaNetForCausalLM, batch: Batch, with_states: bool = Fa
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         cu_seqlens=batch.cu_seqlens,
+        longest=batch.longest,
         use_cache=False,
         output_hidden_states=with_states,
     )

@@ -7,6 +7,7 @@ process at a time makes it. Twin: tests/distill/test_data.py.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -116,12 +117,26 @@ def tokenise(
     digest = _digest([FORMAT, made_by, contents, tokenizer_digest(tokenizer), rule])
     folder = cache / digest[:32]
     if not folder.is_dir():
-        documents = _encode(source, files, tokenizer, stop_ids, train_on)
         try:
-            _write(folder, documents, vocab_size, source, stop_ids, advance)
+            with _alone_in(cache):
+                if not folder.is_dir():  # another process may have made it meanwhile
+                    documents = _encode(source, files, tokenizer, stop_ids, train_on)
+                    _write(folder, documents, vocab_size, source, stop_ids, advance)
         except OSError as error:
             raise DeltanetError(f"{cache}: cannot write the tokens of {source.name}: {error.strerror}") from None
     return _open(folder, source, digest, vocab_size)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in here with the same folder, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def file_digest(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -110,6 +111,22 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
     (tmp_path / "cache" / f"{folder.name}.tmp" / "ids.bin").write_bytes(b"half")
     assert text_source(tmp_path, ["ab"]).digest == digest
     assert [*(tmp_path / "cache").iterdir()] == [folder]
+
+
+def test_of_two_at_once_one_makes_the_tokens_and_the_other_waits_for_them(tmp_path):
+    def second():
+        made.append(text_source(tmp_path, stories(3), advance=lambda tokens: encoded.append(tokens)))
+
+    def first(tokens):
+        if not other.is_alive():
+            other.start()
+            other.join(0.3)  # it would be done by now if it did not wait
+
+    other, made, encoded = threading.Thread(target=second), [], []
+    mine = text_source(tmp_path, stories(3), advance=first)
+    other.join(30)
+    assert not encoded
+    assert [*made[0].ids] == [*mine.ids]
 
 
 def test_a_damaged_cache_is_refused_by_name(tmp_path):

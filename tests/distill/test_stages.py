@@ -1,5 +1,8 @@
 """What a stage computes: zero where nothing is to be learnt, only mixers in align, no leak between documents."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from small_pair import KINDS, pair, sequence, stage
@@ -20,6 +23,8 @@ def test_a_batch_is_its_sequences_end_to_end():
     assert all(BATCH.position_ids[0, start] == 0 for start in bounds[:-1])
     assert int(BATCH.real.sum()) == num_real(SEQUENCES)
     assert int((BATCH.targets >= 0).sum()) == num_targets(SEQUENCES)
+    assert BATCH.valid.tolist() == (BATCH.targets[0] >= 0).nonzero()[:, 0].tolist()
+    assert BATCH.longest == int(BATCH.cu_seqlens.diff().max())
 
 
 def test_align_is_the_mean_over_layers_of_each_mixer_against_its_attention():
@@ -121,8 +126,8 @@ def test_micro_batches_add_up_to_the_batch():
 
 def test_no_valid_target_gives_a_zero_gradient_for_every_parameter():
     teacher, student = pair()
-    nothing = make_batch([sequence(0)])
-    nothing.targets.fill_(-100)
+    some = sequence(0)
+    nothing = make_batch([replace(some, targets=np.full_like(some.targets, -100))])
     losses = [{"name": "forward_kl"}, {"name": "hidden_mse"}]
     module = Whole(student, teacher, stage("distil", losses=losses))
     module(nothing, 1)[0].backward()
