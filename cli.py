@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from deltanet_errors import DeltanetError, one_line
+
 # What a file system says of a path that the user named.
 OF_A_PATH = {
     getattr(errno, name) for name in ("EACCES", "EISDIR", "ELOOP", "ENAMETOOLONG", "ENOTDIR", "EPERM", "EROFS")
@@ -90,8 +92,6 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, call: Call
     except BrokenPipeError:
         return 1
     except Exception as error:
-        from deltanet.errors import DeltanetError, one_line
-
         if arguments.debug:
             raise
         if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename is not None:

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from deltanet import DeltaNetForCausalLM
-from deltanet.errors import DeltanetError, UserError, one_line
 from deltanet.mixer import DeltaMixer
+from deltanet_errors import DeltanetError, UserError, one_line
 
 from .calibration import OutputFit, Settings, SourceProducts, Stream, fit_gates, fit_strengths, head_metric
 from .calibration.strengths import constant_direction, shifted

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from deltanet.errors import UserError, one_line
+from deltanet_errors import UserError, one_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deltanet.config import MIXERS, STATE_HEADS
-from deltanet.errors import UserError, nearest, one_line
+from deltanet_errors import UserError, nearest, one_line
 
 from .checkpoint import open_checkpoint
 from .compat import FIELDS, resolve

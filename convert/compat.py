@@ -5,7 +5,7 @@ nor RoPE there. What of these the command line does not offer is set as fields o
 are in `formats/`. Twin: tests/convert/test_compat.py.
 """
 
-from deltanet.errors import UserError, nearest
+from deltanet_errors import UserError, nearest
 
 DEFAULTS = {
     "mixer": "gated_delta",

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 
 from .checkpoint import INDEX, NAMES, SINGLE, Checkpoint, open_checkpoint
 from .plan import Move, Plan

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from deltanet.config import MOST_LAYERS, DeltaNetConfig, refuse_rotary, refuse_sizes
-from deltanet.errors import UserError, nearest, one_line
+from deltanet_errors import UserError, nearest, one_line
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltanet.errors import UserError, nearest
+from deltanet_errors import UserError, nearest
 
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
 DEFAULT_WINDOW = 128

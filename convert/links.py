@@ -8,7 +8,7 @@ Twin: tests/convert/test_links.py.
 import re
 from pathlib import Path
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 

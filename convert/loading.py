@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .checkpoint import open_checkpoint
 from .families import teacher_config

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from deltanet.config import DeltaNetConfig
-from deltanet.errors import UserError
 from deltanet.mixer import PLAIN_HALF_LIFE
+from deltanet_errors import UserError
 
 from .checkpoint import Checkpoint
 from .layouts import LINEAR, Layout

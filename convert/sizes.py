@@ -3,7 +3,7 @@
 import math
 import re
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

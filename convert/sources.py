@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltanet.errors import DeltanetError, UserError, nearest, one_line
+from deltanet_errors import DeltanetError, UserError, nearest, one_line
 
 from .links import refuse_links_out
 from .presets import PRESETS

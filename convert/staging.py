@@ -14,7 +14,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 LONGEST_NAME = 233

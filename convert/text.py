@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from deltanet.errors import UserError, one_line
 from deltanet.modeling import CACHE
+from deltanet_errors import UserError, one_line
 
 HELD_OUT_SHARE = 0.1
 MOST_TOKENS = 32768

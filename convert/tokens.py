@@ -7,7 +7,7 @@ Twin: tests/convert/test_tokens.py.
 import json
 from pathlib import Path
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 GENERATION = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -6,8 +6,9 @@ Importing it registers the model type with transformers' Auto classes, so that
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from deltanet_errors import DeltanetError, Interrupted, UserError
+
 from .config import DeltaNetConfig
-from .errors import DeltanetError, Interrupted, UserError
 from .modeling import DeltaNetForCausalLM, DeltaNetModel, load_student
 from .ops import delta_rule
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import UserError
+from deltanet_errors import UserError
 
 
 def weights_folder(name: str | Path, given: dict) -> Path:

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .errors import UserError, nearest, one_line
+from deltanet_errors import UserError, nearest, one_line
 
 FORMAT_VERSION = 1
 MOST_LAYERS = 10_000

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
+from deltanet_errors import UserError, nearest, one_line
+
 from .bounds import refuse_misfits, refuse_oversized
-from .errors import UserError, nearest, one_line
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -21,8 +21,9 @@ from torch import nn
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from deltanet_errors import UserError
+
 from .config import DeltaNetConfig
-from .errors import UserError
 from .history import History
 from .ops import delta_rule, delta_rule_step_
 from .rollback import CAPACITY

@@ -31,9 +31,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from deltanet_errors import UserError
+
 from .bounds import refuse_misfits, refuse_oversized, weights_folder
 from .config import DeltaNetConfig
-from .errors import UserError
 from .mixer import Convolution, DeltaMixer, Neutral
 from .packed_attention import packed_attention
 from .rollback import StateLayer

@@ -10,7 +10,8 @@ Shapes: B sequences, T tokens, H state heads, K and V key and value size; C chan
 import torch
 from transformers.cache_utils import LinearAttentionLayer
 
-from .errors import UserError
+from deltanet_errors import UserError
+
 from .ops import delta_rule_step_
 
 CAPACITY = 128

@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .documents import Messages
 

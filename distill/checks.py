@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from deltanet import DeltaNetConfig
-from deltanet.errors import UserError, one_line
+from deltanet_errors import UserError, one_line
 
 from .convert_step import config_after
 from .documents import find_files

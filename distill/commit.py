@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -19,7 +19,7 @@ from convert.loading import student_from_teacher
 from convert.plan import student_config
 from convert.staging import Staging
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .data import Corpus
 from .schema import Stage

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .order import permutation
 from .packing import Packing, Sequence, assemble, pack_best_fit, pack_single, pack_wrapped, with_repeats

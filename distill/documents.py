@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from deltanet.errors import UserError, nearest, one_line
+from deltanet_errors import UserError, nearest, one_line
 
 from .schema import Source
 

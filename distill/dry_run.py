@@ -15,7 +15,7 @@ from convert.command import load_tokenizer
 from convert.families import teacher_config
 from convert.sources import open_source
 from deltanet import DeltaNetConfig
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .checks import check_recipe, check_student
 from .convert_step import config_after

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .world import World, own_part, quiet_deepspeed
 

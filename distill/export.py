@@ -19,7 +19,7 @@ from convert.publish.push import check_repository, require_token
 from convert.sources import COMPANIONS
 from convert.staging import Staging
 from deltanet import DeltaNetConfig, load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .convert_step import config_after
 from .schema import Stage

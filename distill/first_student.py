@@ -13,7 +13,7 @@ from convert.families import teacher_config
 from convert.layouts import parse_layout
 from convert.plan import student_config
 from deltanet import DeltaNetConfig
-from deltanet.errors import UserError, one_line
+from deltanet_errors import UserError, one_line
 
 from .new_student import mixer_fields, write_new
 from .records import RECIPE, checkpoint_digests, write_whole

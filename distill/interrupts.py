@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from deltanet.errors import Interrupted
+from deltanet_errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from deltanet import DeltaNetForCausalLM
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 
 from .batch import make_batch
 from .data import Corpus

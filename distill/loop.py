@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltanet.errors import DeltanetError, Interrupted, UserError
+from deltanet_errors import DeltanetError, Interrupted, UserError
 
 from .batch import make_batch, num_real
 from .engine import Engine

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from deltanet import DeltaNetForCausalLM
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .schema import Stage
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .schema import Logging
 

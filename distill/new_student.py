@@ -12,7 +12,7 @@ from convert.command import load_tokenizer, mixer_options
 from convert.layouts import FULL, LINEAR, parse_layout
 from convert.staging import Staging
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .evaluation.tasks.words import word_tokenizer
 from .schema import Mixer, New

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from deltanet.errors import DeltanetError
+from deltanet_errors import DeltanetError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 NOTHING_LOST = "its commits are untouched, and the same command goes on once there is room"

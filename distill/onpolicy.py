@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from deltanet import DeltaNetForCausalLM
-from deltanet.errors import UserError
 from deltanet.modeling import CACHE
+from deltanet_errors import UserError
 
 from .data import Corpus, Part
 from .order import hashed

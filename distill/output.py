@@ -6,7 +6,7 @@ Twin: tests/distill/test_output.py.
 import os
 from pathlib import Path
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 def output_folder(text: str | Path, option: str = "-o") -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 
 from .batch import Batch
 from .documents import CHAT_FIELDS, Messages, pick, read_turns

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.command import load_tokenizer
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .data import Corpus, Part, Report, chosen, split, whole
 from .onpolicy import prompt_corpus

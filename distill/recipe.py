@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from deltanet.errors import UserError, nearest
+from deltanet_errors import UserError, nearest
 
 from .recipe_rules import MISSING, broken_rules
 from .redact import looks_secret, mask, names_a_secret

@@ -5,7 +5,7 @@ Twin: tests/distill/test_recipe.py.
 
 from collections.abc import Iterator
 
-from deltanet.errors import UserError, nearest
+from deltanet_errors import UserError, nearest
 
 from .schema import LOSSES_OF, WITHOUT_TEACHER, Recipe, Source, Stage, has_key
 from .yaml_lines import KeyPath

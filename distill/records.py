@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from deltanet.errors import UserError, one_line
+from deltanet_errors import UserError, one_line
 
 from .prepare import Prepared, StagePlan
 from .recipe import changes, load_recipe, show

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .commit import MANIFEST, Commit, newest_commit, verify
 from .first_student import check_texts

@@ -33,7 +33,7 @@ from convert.loading import load_teacher
 from convert.publish.push import push
 from convert.sources import open_source
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from . import lora
 from .checks import check_recipe, check_student, engine_settings

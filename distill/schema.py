@@ -20,7 +20,7 @@ from pydantic_core import PydanticKnownError
 from convert.compat import DEFAULTS as MIXER_DEFAULTS
 from convert.compat import resolve
 from convert.sizes import parse_size
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Field(strict=False)]

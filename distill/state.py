@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deltanet import DeltaNetForCausalLM
-from deltanet.errors import DeltanetError
+from deltanet_errors import DeltanetError
 
 from . import lora
 from .engine import MOMENTS, Engine

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from deltanet import DeltaNetForCausalLM
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .chat import encode_chat
 from .documents import Messages

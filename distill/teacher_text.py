@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.text import write_text
-from deltanet.errors import DeltanetError
+from deltanet_errors import DeltanetError
 
 from .order import hashed
 from .schema import USUAL_NAME, Source

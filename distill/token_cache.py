@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 
 from .chat import encode_chat
 from .documents import find_files, pin_revision, read_records, read_source

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
-from deltanet.errors import UserError, nearest
+from deltanet_errors import UserError, nearest
 
 from . import lora
 from .schema import Stage

@@ -22,7 +22,7 @@ from datetime import timedelta
 
 import torch
 
-from deltanet.errors import DeltanetError
+from deltanet_errors import DeltanetError
 
 LOOK_SECONDS = 0.5  # between two looks at the store
 AGREE_SECONDS = 2.0  # in which ranks that fail alike have all failed

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 KeyPath = tuple[str | int, ...]
 LARGEST = 100_000  # values in one document, aliases expanded

@@ -46,6 +46,39 @@ def test_help_answers_in_half_a_second_without_torch(command):
     assert fastest < 0.5
 
 
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (["quickstart", "trainig.batch_size=3"], 2, "unknown key (did you mean 'training'?)"),
+        (["quickstart", "training.batch_size=many"], 2, "expected a whole number"),
+        (["quickstart", "training.batch_size"], 2, "is not key.path=value"),
+        (["quickstart", "training.micro_batch_size=3"], 2, "is no multiple of a micro-batch of 3"),
+        (["quickstart", "stages.0.sources=[books]", "--dry-run"], 2, "'books' is no source"),
+        (["quickstart", "student.convert.compat=fla", "student.convert.gate=read"], 2, "--compat fla needs"),
+        (["mqar", "data.sources.0.options.pears=3"], 2, "no option 'pears'"),
+        (["absent.yaml"], 2, "no such file"),
+        (["twice.yaml"], 2, "the key is there twice"),
+        (["quickstart", "--print-config"], 0, "micro_batch_size: "),
+        (["mqar", "--print-config"], 0, "micro_batch_size: "),
+    ],
+)
+def test_a_recipe_is_checked_and_printed_without_torch(arguments, exit_code, words, tmp_path):
+    (tmp_path / "twice.yaml").write_text("version: 1\nversion: 1\n")
+    code = (
+        "import sys, cli\ndone = cli.distill_main(sys.argv[1:])\n"
+        "print(done, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    *printed, facts = done.stdout.splitlines()
+    assert facts == f"{exit_code} False False", done.stderr
+    assert words in "\n".join([*printed, done.stderr])
+    assert len(done.stderr.splitlines()) == (exit_code > 0)
+    assert sorted(os.listdir(tmp_path)) == ["twice.yaml"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_version_names_what_matters(command, capsys):
     with pytest.raises(SystemExit) as stopped:

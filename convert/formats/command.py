@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
-from deltanet.errors import UserError, nearest
+from deltanet_errors import UserError, nearest
 
 from ..checkpoint import INDEX, SINGLE, open_checkpoint
 from ..families import read_config

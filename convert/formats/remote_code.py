@@ -1,6 +1,6 @@
 """The model's source as flat files for a checkpoint folder, which transformers loads with `trust_remote_code=True`.
 
-Generated from the package itself, so that nothing is kept twice: every module that the model needs, with its relative
+Generated from the package itself, so that nothing is kept twice: every module of ours that the model needs, with its
 imports pointed at the flat names. The Triton kernels stay out, and PyTorch's forms of the delta rule do the work.
 Twin: tests/convert/formats/test_remote_code.py.
 """
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import deltanet
 
-PACKAGE = Path(deltanet.__file__).parent
-MAIN = {("config",): "configuration_deltanet", ("modeling",): "modeling_deltanet"}
-KERNELS = ("ops", "triton")
+ROOT = Path(deltanet.__file__).parent.parent
+MAIN = {("deltanet", "config"): "configuration_deltanet", ("deltanet", "modeling"): "modeling_deltanet"}
+BENEATH = "deltanet_errors"
+KERNELS = ("deltanet", "ops", "triton")
 NO_KERNELS = 'raise ImportError("the code in the checkpoint has no kernels; install deltanet for them")'
 AUTO_MAP = {
     "AutoConfig": "configuration_deltanet.DeltaNetConfig",
@@ -23,7 +24,7 @@ AUTO_MAP = {
 
 
 def remote_code() -> Mapping[str, str]:
-    """File name -> source, of the configuration, the model, and all that they import from the package."""
+    """File name -> source, of the configuration, the model, and all of ours that they import."""
     files, waiting = {}, list(MAIN)
     while waiting:
         module = waiting.pop()
@@ -35,21 +36,21 @@ def remote_code() -> Mapping[str, str]:
 
 
 def flat_name(module: tuple[str, ...]) -> str:
-    """`("ops", "chunk")`, a module's path in the package, as the name of a file beside the others."""
-    return MAIN.get(module) or "_".join(("deltanet", *module))
+    """`("deltanet", "ops", "chunk")`, a module's path, as the name of a file beside the others."""
+    return MAIN.get(module) or "_".join(module)
 
 
 def _flatten(module: tuple[str, ...]) -> tuple[str, list[tuple[str, ...]]]:
     """The source of a module with flat imports, and the modules that these name."""
-    path = PACKAGE.joinpath(*module)
+    path = ROOT.joinpath(*module)
     is_package = path.is_dir()
     path = path / "__init__.py" if is_package else path.with_suffix(".py")
     source = path.read_text(encoding="utf-8")
     package = module if is_package else module[:-1]
     lines, needed = source.splitlines(), []
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level]
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and _is_ours(node)]
     for node in sorted(imports, key=lambda node: -node.lineno):
-        base = package[: len(package) - node.level + 1]
+        base = package[: len(package) - node.level + 1] if node.level else ()
         indent = " " * node.col_offset
         if node.module:
             target = (*base, *node.module.split("."))
@@ -66,8 +67,12 @@ def _flatten(module: tuple[str, ...]) -> tuple[str, list[tuple[str, ...]]]:
                 new.append(f"from .{flat_name(target)} import __name__ as _{alias.name}")
                 new.append(f"from . import {flat_name(target)} as {alias.asname or alias.name}")
         lines[node.lineno - 1 : node.end_lineno] = [indent + line for line in new]
-    head = f"# Generated from {path.relative_to(PACKAGE.parent).as_posix()} of deltanet {deltanet.__version__}."
+    head = f"# Generated from {path.relative_to(ROOT).as_posix()} of deltanet {deltanet.__version__}."
     return "\n".join([head, *lines]) + "\n", needed
+
+
+def _is_ours(node: ast.ImportFrom) -> bool:
+    return node.level > 0 or node.module == BENEATH
 
 
 def _names(aliases: list[ast.alias]) -> str:

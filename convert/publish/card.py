@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from deltanet.config import DeltaNetConfig
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from ..closeness import VARIANTS
 from ..layouts import LINEAR, Layout

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 
 T = TypeVar("T")
 TRIES = 3

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from ..links import leaves
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 
 from ..checkpoint import INDEX, SINGLE
 from ..sources import HUB_ID

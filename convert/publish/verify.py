@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from deltanet.config import DeltaNetConfig
-from deltanet.errors import DeltanetError, UserError, one_line
+from deltanet_errors import DeltanetError, UserError, one_line
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..command import load_tokenizer

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from ..command import load_tokenizer, mixer_options
 from ..families import teacher_config

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
-from deltanet.errors import UserError, nearest
+from deltanet_errors import UserError, nearest
 
 from ..calibrate import calibrate
 from ..calibration import Settings

@@ -10,7 +10,8 @@ from itertools import pairwise
 
 import torch
 
-from ..errors import UserError, nearest
+from deltanet_errors import UserError, nearest
+
 from . import chunk, recurrent, reference
 
 BACKENDS = ("triton", "recurrent", "chunk", "reference")

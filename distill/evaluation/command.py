@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from ..output import output_folder
 from .evaluate import evaluate

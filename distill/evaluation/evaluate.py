@@ -17,7 +17,7 @@ import deltanet
 from convert.closeness import recall
 from convert.progress import progress
 from deltanet import DeltaNetConfig
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from ..export import RECIPE
 from ..metrics import read_metrics

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .subject import Reader, Subject
+from .tasks.words import opening_ids
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 LOGIT_BYTES = 2**29  # of the float32 logits of a batch
@@ -55,15 +56,6 @@ def encode(reader: Reader | Subject, context: str, continuation: str) -> Request
     if surplus >= start:
         raise UserError(f"continuation {continuation[:40]!r}...: longer than the model's range, {reader.max_context}")
     return Request(tuple(ids[surplus:]), start - surplus, surplus > 0)
-
-
-def opening_ids(tokenizer) -> list[int]:
-    """What the tokenizer itself puts before a text; [] for many."""
-    own, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    for first in range(len(own) - len(bare) + 1):
-        if own[first : first + len(bare)] == bare:
-            return own[:first]
-    return []
 
 
 @torch.no_grad()

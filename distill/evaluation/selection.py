@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltanet.errors import UserError, nearest
+from deltanet_errors import UserError, nearest
 
 from .result import TaskResult
 from .sets import StandardSet, read_set

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .result import TaskResult, mean, share
 from .scoring import Request, Score, encode, score

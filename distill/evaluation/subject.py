@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from convert.command import load_tokenizer
 from convert.sources import open_source
 from deltanet import DeltaNetConfig
-from deltanet.errors import UserError
 from deltanet.generate import load_model, pick_device, pick_dtype
+from deltanet_errors import UserError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 
 from convert.progress import progress
 from convert.text import read_documents, tokenise, write_text
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .subject import Subject
 

@@ -10,7 +10,7 @@ from tiny import make_teacher, raw_tensors
 
 from convert import convert
 from convert.checkpoint import INDEX, open_checkpoint, read_header
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 @pytest.fixture

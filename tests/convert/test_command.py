@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cli
 from convert import convert
 from convert.sources import open_source
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 @pytest.fixture

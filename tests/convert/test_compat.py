@@ -8,7 +8,7 @@ from convert import convert
 from convert.compat import DEFAULTS, NEEDED, resolve
 from convert.formats import REWRITTEN, write_format
 from deltanet import load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 NONE = dict.fromkeys(DEFAULTS)
 

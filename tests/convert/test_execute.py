@@ -19,7 +19,7 @@ from convert.families import teacher_config
 from convert.layouts import parse_layout
 from convert.plan import make_plan, student_config
 from deltanet import load_student
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 
 
 def planned(folder, hybrid="every:2", dtype=None):

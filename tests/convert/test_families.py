@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from convert import convert, load_teacher
 from convert.families import FAMILIES, teacher_config
 from deltanet import load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from convert.layouts import FULL, LINEAR, SLIDING, parse_layout
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 EIGHT = [FULL] * 8
 

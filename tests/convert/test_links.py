@@ -3,7 +3,7 @@
 import pytest
 
 from convert.links import leaves, refuse_links_out
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from convert.families import teacher_config
 from convert.layouts import parse_layout
 from convert.plan import make_plan, student_config, teacher_tensors
 from deltanet import DeltaNetForCausalLM
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 def plan_of(folder, hybrid="every:2", dtype=None, **mixer):

@@ -3,7 +3,7 @@
 import pytest
 
 from convert.sizes import parse_size
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 @pytest.mark.parametrize(

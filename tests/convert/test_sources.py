@@ -9,7 +9,7 @@ from tiny import make_teacher, tokens
 from convert import convert, load_teacher
 from convert.presets import PRESETS, table
 from convert.sources import COMPANIONS, open_source
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 def opened(name, **options):

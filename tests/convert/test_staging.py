@@ -11,7 +11,7 @@ from tiny import raw_tensors
 from convert import convert
 from convert.staging import Staging, check_target
 from deltanet import load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 # Converts argv[1] to argv[2], and sends itself the signal argv[5] at call number argv[4] of os.<argv[3]>.
 KILLED = """

@@ -10,7 +10,7 @@ from convert.publish.manifest import seal
 from convert.publish.verify import verify
 from convert.tokens import GENERATION, generation_settings, strangers
 from deltanet import DeltaNetConfig
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 class Tokenizer(list):

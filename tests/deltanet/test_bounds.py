@@ -7,7 +7,7 @@ import pytest
 from tiny_student import tiny_config
 
 from deltanet import DeltaNetForCausalLM, load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 def edit(folder, **changes):

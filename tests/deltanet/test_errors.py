@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltanet.errors import LONGEST_REASON, nearest, one_line
+from deltanet_errors import LONGEST_REASON, nearest, one_line
 
 
 @pytest.mark.parametrize(

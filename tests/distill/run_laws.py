@@ -14,7 +14,7 @@ def work(rank: int, size: int, port: int, recipe: str, runs: list[tuple[str, lis
     import torch
 
     torch.set_num_threads(1)
-    from deltanet.errors import Interrupted
+    from deltanet_errors import Interrupted
     from distill import loop, report
     from distill.run import distil
 

@@ -12,7 +12,7 @@ def work(rank: int, size: int, port: int, folder: str) -> None:
     from small_pair import pair, sequence, stage
 
     from convert.loading import skeleton
-    from deltanet.errors import UserError
+    from deltanet_errors import UserError
     from distill.batch import make_batch
     from distill.sharded import shard
     from distill.stages import Align, Whole

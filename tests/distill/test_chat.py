@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from word_tokenizer import CHATML, LATE_END, QWEN3, make_tokenizer
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.chat import encode_chat
 
 TURNS = [

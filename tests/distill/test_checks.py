@@ -5,7 +5,7 @@ import re
 import pytest
 import small_run
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.dry_run import describe
 from distill.recipe import load_recipe
 from distill.run import distil

@@ -14,7 +14,7 @@ import signal
 
 import pytest
 
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 from distill import commit as commits
 from distill.commit import Damaged, drop_newer, locked, newest_commit, verify, write_commit
 

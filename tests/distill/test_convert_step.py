@@ -15,7 +15,7 @@ from convert.loading import load_teacher, student_from_teacher
 from convert.plan import student_config
 from convert.publish.verify import verify
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.convert_step import config_after, convert_more
 from distill.dry_run import describe
 from distill.recipe import load_recipe

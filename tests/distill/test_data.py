@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from word_tokenizer import CHATML, QWEN3, make_tokenizer
 
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 from distill.data import BLOCK, Corpus, split, whole
 from distill.packing import IGNORED
 from distill.schema import Source

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.documents import find_files, read_source
 from distill.schema import Source
 

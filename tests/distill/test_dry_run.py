@@ -5,7 +5,7 @@ import types
 import pytest
 import small_run
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.command import run
 from distill.dry_run import describe
 from distill.recipe import load_recipe, parse_recipe

@@ -7,7 +7,7 @@ import engine_laws
 import pytest
 import torch
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.engine import EngineSettings
 
 TRIALS = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]

@@ -12,7 +12,7 @@ from small_run import write_recipe, write_teacher
 from convert import convert
 from convert.publish.manifest import damage
 from convert.publish.verify import verify
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.dry_run import describe
 from distill.export import add_reports, check_push, export
 from distill.recipe import load_recipe

@@ -8,7 +8,7 @@ import small_run
 
 from convert.command import convert
 from deltanet import DeltaNetConfig
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.first_student import first_student
 from distill.recipe import load_recipe
 from distill.records import RECIPE

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from deltanet.errors import Interrupted
+from deltanet_errors import Interrupted
 from distill.interrupts import Interrupts
 
 TWICE = """

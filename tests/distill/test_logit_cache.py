@@ -12,7 +12,7 @@ from small_pair import VOCABULARY, config, pair, stage
 from small_text import TWO_FILES, Text, content, files, plan
 
 from deltanet import DeltaNetForCausalLM
-from deltanet.errors import DeltanetError, Interrupted, UserError
+from deltanet_errors import DeltanetError, Interrupted, UserError
 from distill import logit_cache
 from distill import run as run_module
 from distill.batch import make_batch, num_targets

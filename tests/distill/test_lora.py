@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from small_pair import pair, sequence, stage
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill import lora
 from distill.batch import make_batch, num_targets
 from distill.run import distil

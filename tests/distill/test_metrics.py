@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.metrics import MetricsLog, Pulse, read_metrics, trackers
 from distill.schema import Logging
 

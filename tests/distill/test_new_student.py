@@ -8,7 +8,7 @@ import yaml
 from small_run import write_teacher
 
 from deltanet import load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.new_student import HALF_LIFE, new_model, plan_new, write_new
 from distill.run import distil
 from distill.schema import New

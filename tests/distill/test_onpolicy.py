@@ -12,7 +12,7 @@ from small_pair import VOCABULARY, pair
 from test_data import chat_source, text_source
 from word_tokenizer import make_tokenizer
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.batch import make_batch, num_targets
 from distill.data import whole
 from distill.onpolicy import Completions, prompt_corpus, write_after

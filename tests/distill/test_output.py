@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.output import output_folder
 
 

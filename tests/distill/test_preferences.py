@@ -10,7 +10,7 @@ from small_pair import config, pair
 from word_tokenizer import make_tokenizer
 
 from convert.loading import student_from_teacher
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.batch import make_batch
 from distill.data import Corpus, chosen, split, whole
 from distill.packing import IGNORED, assemble

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.recipe import changes, json_schema, load_recipe, parse_recipe, recipes_folder, show
 from distill.redact import mask, names_a_secret
 from distill.schema import DEFAULTS_OF, KINDS, LOSSES_OF, Stage

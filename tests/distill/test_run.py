@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltanet
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 from distill import run as run_module
 from distill.commit import Damaged, locked
 from distill.dry_run import describe

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.data import Corpus, whole
 from distill.evaluation.selection import Chosen
 from distill.evaluation.sets import read_set

@@ -10,7 +10,7 @@ from small_pair import config
 from word_tokenizer import CHATML, make_tokenizer
 
 from deltanet import DeltaNetForCausalLM
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 from distill import teacher_text
 from distill.data import Corpus, whole
 from distill.recipe import parse_recipe

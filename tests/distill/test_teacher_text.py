@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from convert.loading import load_teacher
-from deltanet.errors import DeltanetError
+from deltanet_errors import DeltanetError
 from distill import teacher_text
 from distill.schema import Source
 from distill.teacher_text import planned, repeats, written_source

@@ -3,7 +3,7 @@
 import pytest
 from small_pair import pair, stage
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.trainable import decays, parameter_groups, trained_names
 
 _, STUDENT = pair()

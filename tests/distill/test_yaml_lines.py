@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.yaml_lines import read_yaml, write_yaml
 
 

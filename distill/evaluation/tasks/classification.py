@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .example import Example
 from .task import Options, Task

@@ -11,7 +11,7 @@ Twin: tests/distill/evaluation/tasks/test_listops.py.
 import random
 from dataclasses import dataclass
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .example import Example
 from .task import Task

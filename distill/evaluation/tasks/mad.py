@@ -7,7 +7,7 @@ Twin: tests/distill/evaluation/tasks/test_mad.py.
 
 import random
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .example import Example
 from .task import Task

@@ -10,7 +10,7 @@ Twin: tests/distill/evaluation/tasks/test_pathfinder.py.
 import math
 import random
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .classification import classified
 from .example import Example

@@ -6,7 +6,7 @@ Twin: tests/distill/evaluation/tasks/test_recall.py.
 
 import random
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .example import Example
 from .task import Task

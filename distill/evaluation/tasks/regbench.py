@@ -10,7 +10,7 @@ row, so the guesses hold those. Twin: tests/distill/evaluation/tasks/test_regben
 import random
 from collections import Counter, defaultdict
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .example import Example
 from .task import Task

@@ -7,7 +7,7 @@ parity. Floors are one over the number of states. Twin: tests/distill/evaluation
 import itertools
 import random
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 from .example import Example
 from .task import Task

@@ -1,24 +1,24 @@
 """A generated task: levels of difficulty, examples from a seed, and a model's share of right answers beside the floors.
 
 Example i of (task, split, seed, level) is a pure function of these five, so more examples are the same ones and some
-more, and training and test never share a stream. Twin: tests/distill/evaluation/tasks/test_task.py.
+more, and training and test never share a stream. Recipes are checked against the options here, so no torch is imported
+before a model is asked (answers.py). Twin: tests/distill/evaluation/tasks/test_task.py.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from deltanet.errors import UserError, nearest
+from deltanet_errors import UserError, nearest
 
 from ..result import TaskResult, mean
-from ..scoring import fitting
-from ..subject import Subject
 from .example import Example, floors, means
 from .words import vocabulary
+
+if TYPE_CHECKING:
+    from ..subject import Subject
 
 Options = Mapping[str, int | float | str]
 NUM_SAMPLES = 3
@@ -97,12 +97,14 @@ class Task:
             raise reasons[0]
         return found
 
-    def run(self, subject: Subject, *, seed: int, n: int, max_context: int) -> TaskResult:
+    def run(self, subject: "Subject", *, seed: int, n: int, max_context: int) -> TaskResult:
         """The model's answers to `n` examples, spread evenly over the levels that fit into `max_context` tokens and the
         tokenizer's words (at least one of each). accuracy is the mean over examples of the share of right answers.
 
         Raises UserError where no level fits.
         """
+        from .answers import answers
+
         found: dict[str, list[Example]] = {}
         fitting = self.fitting(subject.tokenizer, subject.vocab_size, seed=seed, max_context=max_context)
         for index, label in enumerate(fitting):
@@ -125,37 +127,6 @@ class Task:
             samples=samples,
             partial_floors=means([example.partial for example in everything]),
         )
-
-
-@torch.no_grad()
-def answers(subject: Subject, examples: list[Example]) -> list[dict[int, int]]:
-    """For each example the token that the model expects most at every position of an answer, the tokens before given.
-
-    An answer of several tokens is right here exactly where greedy decoding gives it.
-    """
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].ids))
-    said: list[dict[int, int]] = [{} for _ in examples]
-    while order:
-        longest = len(examples[order[0]].ids)
-        batch = fitting(subject, order, longest, lambda rows: len(_positions(examples, rows)))
-        order = order[len(batch) :]
-        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        for row, index in enumerate(batch):
-            ids[row, : len(examples[index].ids)] = torch.tensor(examples[index].ids)
-        wanted = sorted(_positions(examples, batch))
-        keep = torch.tensor(wanted, device=subject.device) - 1  # position i says what comes at i + 1
-        logits = subject.model(ids.to(subject.device), use_cache=False, logits_to_keep=keep).logits
-        for row, index in enumerate(batch):
-            choices = examples[index].choices
-            seen = logits[row, :, list(choices)] if choices else logits[row]
-            best = dict(zip(wanted, seen.argmax(-1).tolist()))
-            for at in examples[index].positions:
-                said[index][at] = choices[best[at]] if choices else best[at]
-    return said
-
-
-def _positions(examples: list[Example], rows: Iterable[int]) -> set[int]:
-    return {at for row in rows for at in examples[row].positions}
 
 
 def _sample(tokenizer, example: Example, said: dict[int, int]) -> dict[str, str]:

@@ -11,9 +11,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from deltanet.errors import UserError
-
-from ..scoring import opening_ids
+from deltanet_errors import UserError
 
 END = "<end>"
 DIGITS = tuple("0123456789")
@@ -42,6 +40,15 @@ class Vocabulary:
         """Raises UserError for fewer than `count` words."""
         if len(self.words) < count:
             raise UserError(f"task {task}: needs {count} words of one token, the tokenizer has {len(self.words)}")
+
+
+def opening_ids(tokenizer) -> list[int]:
+    """What the tokenizer itself puts before a text; [] for many."""
+    own, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for first in range(len(own) - len(bare) + 1):
+        if own[first : first + len(bare)] == bare:
+            return own[:first]
+    return []
 
 
 def vocabulary(tokenizer, size: int | None = None) -> Vocabulary:

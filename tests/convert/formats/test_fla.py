@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_student import tiny_model, tokens
 
 from convert.formats import fla, write_format
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 CASES = {
     "delta": (

@@ -18,7 +18,7 @@ from convert import convert
 from convert.formats import qwen3_5, write_format
 from convert.publish.verify import verify
 from deltanet import load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("fla") is not None and not torch.cuda.is_available(),

@@ -10,7 +10,7 @@ from published import make_student
 
 from convert import convert
 from convert.publish.card import make_card
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 CLOSENESS = {
     "tokens": 4096,

@@ -11,7 +11,8 @@ PACKAGES = ("deltanet", "convert", "distill", "recipes")
 
 def calls_in_the_packages():
     """(where, name of the function, its keyword arguments) of every call in the shipped code."""
-    for path in [ROOT / "cli.py", *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]:
+    packages = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
+    for path in (*ROOT.glob("*.py"), *packages):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 given = {item.arg: getattr(item.value, "value", None) for item in node.keywords}

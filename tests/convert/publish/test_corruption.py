@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from convert.publish import manifest
 from convert.publish.manifest import damage
 from convert.publish.verify import verify
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 FLIPS = 12
 

@@ -9,7 +9,7 @@ from convert import convert
 from convert.publish.push import push
 from convert.publish.verify import verify
 from convert.sources import open_source
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 NAME = "tester/teacher"
 

@@ -15,7 +15,7 @@ from convert.publish.manifest import (
     read_manifest,
     seal,
 )
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 FILES = {"b/c.txt": (3, "0" * 64), "a": (0, "f" * 64)}
 

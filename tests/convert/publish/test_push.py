@@ -11,7 +11,7 @@ import cli
 from convert.publish.manifest import MANIFEST, damage, seal
 from convert.publish.push import push
 from convert.publish.verify import Invalid, verify
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 NAME = "tester/llama-small"
 

@@ -16,7 +16,7 @@ import cli
 from convert.publish import push as module
 from convert.publish.push import push
 from convert.publish.verify import Verified
-from deltanet.errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError
 
 NAME = "tester/llama-small"
 ONCE = {

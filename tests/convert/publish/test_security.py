@@ -28,7 +28,7 @@ from convert.plan import make_plan
 from convert.publish.manifest import MANIFEST, as_manifest, damage, seal
 from convert.publish.verify import verify
 from convert.sources import open_source
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.recipe import load_recipe
 
 MEMORY, SECONDS = 512 << 20, 20

@@ -9,7 +9,7 @@ from published import files_of
 from transformers import AutoModelForCausalLM
 
 from deltanet import DeltaNetForCausalLM, load_student
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 NAME = "tester/student"
 

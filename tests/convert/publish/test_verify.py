@@ -13,7 +13,7 @@ import cli
 from convert import convert
 from convert.publish.manifest import seal
 from convert.publish.verify import Invalid, check_card, verify
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 def problems(folder) -> str:

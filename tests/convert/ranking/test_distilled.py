@@ -11,7 +11,7 @@ from convert.ranking.distilled import _kl, _states, _trained, distilled
 from convert.ranking.hybrid import Hybrid
 from convert.ranking.rank import parse_method
 from convert.ranking.swap import greedy
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 @pytest.fixture(scope="module")

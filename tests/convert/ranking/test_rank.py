@@ -11,7 +11,7 @@ from convert.layouts import FULL, parse_layout
 from convert.plan import student_config
 from convert.ranking.rank import GREEDY, METHODS, linear_twin, rank_layers, rounds
 from convert.text import CalibrationText
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 
 
 @pytest.fixture(scope="module")

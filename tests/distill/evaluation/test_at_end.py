@@ -8,7 +8,7 @@ import pytest
 from small_run import write_recipe, write_teacher
 from test_sets import PIQA, write
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation import worth
 from distill.evaluation.at_end import whole_windows
 from distill.run import distil

@@ -72,7 +72,7 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, folder
 
 def test_a_failed_write_leaves_the_former_report(tmp_path, monkeypatch):
     import distill.evaluation.command as command
-    from deltanet.errors import UserError
+    from deltanet_errors import UserError
 
     (tmp_path / "evaluation.json").write_text("old")
     monkeypatch.setattr(command, "markdown", lambda report: "new")

@@ -8,7 +8,7 @@ import torch
 from eval_subjects import TEXT
 from test_sets import LAMBADA, PIQA, write
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation import worth
 from distill.evaluation.evaluate import evaluate, loss_curve, measure, run_tasks
 from distill.evaluation.result import TaskResult, share

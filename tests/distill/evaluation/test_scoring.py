@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation import scoring
-from distill.evaluation.scoring import Request, encode, opening_ids, score
+from distill.evaluation.scoring import Request, encode, score
+from distill.evaluation.tasks.words import opening_ids
 
 PAIRS = [
     ("Once upon a time there was a", " little dog who lived in a big house"),

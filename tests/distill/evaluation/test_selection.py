@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation import selection
 from distill.evaluation.result import TaskResult, share
 from distill.evaluation.selection import select

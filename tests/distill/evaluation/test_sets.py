@@ -7,7 +7,7 @@ import torch
 from rigged_model import always
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.sets import Choice, Cloze, read_set
 
 PIQA = [

@@ -7,7 +7,7 @@ import torch
 from eval_subjects import RANGE
 from safetensors.torch import load_file, save_file
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.subject import load_subject
 
 

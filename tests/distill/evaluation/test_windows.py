@@ -4,7 +4,7 @@ import pytest
 import torch
 from eval_subjects import TEXT
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.windows import read_windows
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from rigged_model import Rigged
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.subject import Subject
 from distill.evaluation.tasks.example import Example
 from distill.evaluation.tasks.task import Task

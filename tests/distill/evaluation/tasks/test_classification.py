@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from task_models import Oracle, constant, subject
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.tasks import TASKS
 from distill.evaluation.tasks.classification import A_CLASS
 from distill.evaluation.tasks.example import COMMONEST

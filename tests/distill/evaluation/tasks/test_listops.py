@@ -5,7 +5,7 @@ import statistics
 import pytest
 from task_models import TOKENIZER
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.tasks import TASKS
 from distill.evaluation.tasks.example import COMMONEST, floors, means
 from distill.evaluation.tasks.listops import Tree, apply

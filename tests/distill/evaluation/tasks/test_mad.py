@@ -3,7 +3,7 @@
 import pytest
 from task_models import TOKENIZER
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.tasks import TASKS
 
 

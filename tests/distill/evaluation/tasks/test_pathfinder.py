@@ -5,7 +5,7 @@ import random
 import pytest
 from task_models import TOKENIZER
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.tasks import TASKS
 from distill.evaluation.tasks.example import floors
 from distill.evaluation.tasks.pathfinder import DASH, FAR, GAP, draw_paths

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from task_models import TOKENIZER
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.tasks import TASKS
 
 FIRST = 17  # the first word; it is the marker

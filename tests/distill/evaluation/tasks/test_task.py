@@ -5,10 +5,10 @@ from task_models import SIZE, TOKENIZER, constant, oracle, subject
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from word_tokenizer import make_tokenizer
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.tasks import TASKS
+from distill.evaluation.tasks.answers import answers
 from distill.evaluation.tasks.example import COMMONEST, commonest
-from distill.evaluation.tasks.task import answers
 from recipes import __path__ as recipes
 
 GENERATED = {name: task for name, task in TASKS.items() if task.levels}

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from deltanet.errors import UserError
+from deltanet_errors import UserError
 from distill.evaluation.tasks.words import END, SYMBOLS, vocabulary, word_tokenizer
 from recipes import __path__ as recipes
 
