@@ -170,7 +170,7 @@ def convert_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["self"],
         metavar="TEXT",
-        help="files (txt, json, jsonl, also .gz), self (the teacher writes, default) or none (plain copy)",
+        help="files (txt, md, json, jsonl, parquet, also .gz), self (the teacher writes, default) or none (plain copy)",
     )
     parser.add_argument("--held-out", metavar="TEXT", help="file to measure on (default: the last tenth of TEXT)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
@@ -360,7 +360,7 @@ def eval_parser() -> argparse.ArgumentParser:
         "--text",
         default="self",
         metavar="FILE",
-        help="held-out text (txt, json, jsonl, also .gz), self (the teacher writes, default) or none",
+        help="held-out text (txt, md, json, jsonl, parquet, also .gz), self (the teacher writes, default) or none",
     )
     parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="of the text (default: 16384)")
     parser.add_argument(

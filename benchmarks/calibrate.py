@@ -24,7 +24,8 @@ from convert.command import load_tokenizer
 from convert.layouts import parse_layout
 from convert.loading import load_teacher, student_from_teacher
 from convert.plan import student_config
-from convert.text import calibration_text, read_documents, tokenise
+from convert.text import calibration_text, tokenise
+from convert.text_files import read_documents
 
 LAYOUTS = ("none", "global2", "every:4", "swa:128")
 ABLATION = {

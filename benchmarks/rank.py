@@ -24,7 +24,8 @@ from convert.layouts import parse_layout
 from convert.loading import load_teacher, student_from_teacher
 from convert.plan import student_config
 from convert.ranking.rank import METHODS, linear_twin, rank_layers
-from convert.text import calibration_text, read_documents, tokenise
+from convert.text import calibration_text, tokenise
+from convert.text_files import read_documents
 from deltanet.generate import pick_device
 
 RECALL_TOKENS = 4096

@@ -18,7 +18,8 @@ from convert.command import load_tokenizer
 from convert.layouts import parse_layout
 from convert.loading import load_teacher, student_from_teacher
 from convert.plan import student_config
-from convert.text import calibration_text, read_documents, tokenise
+from convert.text import calibration_text, tokenise
+from convert.text_files import read_documents
 from distill.logit_cache import bytes_a_target, likeliest
 from distill.losses import Term, TopK, divergence, normalised, top_k_divergence
 

@@ -1,32 +1,26 @@
 """Text for calibration: read from files or written by the teacher itself, with a part set aside that is never fitted.
 
-A source is a .txt, .json or .jsonl file, each also as .gz, or the word `self`. Rows of JSON hold a `text`, a chat
-(`messages`, `conversations`, `prompt`/`completion`) or an instruction (`instruction`, `input`, `output`). Sources get
-equal shares of the tokens, because a fit to one kind of text does badly on others (docs/results/calibration.md).
+A source is a file (text_files.py) or the word `self`. Sources get equal shares of the tokens, because a fit to one kind
+of text does badly on others (docs/results/calibration.md).
 Twin: tests/convert/test_text.py.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from deltanet.modeling import CACHE
 from deltanet_errors import UserError, one_line
 
+from .text_files import Document, check_file, read_documents
+
 HELD_OUT_SHARE = 0.1
 MOST_TOKENS = 32768
+WORDS = ("self", "none")
+"""What may stand for a file after --calibrate."""
 SHORTEST = 18
 """Tokens of a window: both passages of closeness' recall need as many."""
-SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
-ROLES = {"human": "user", "gpt": "assistant"}
-
-Document = str | list[dict]
-"""Plain text, or a chat: dicts with `role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +93,11 @@ def check_sources(sources: Sequence[str], held_out: str | None, tokenizer) -> No
         raise UserError(f"--calibrate {' '.join(sources)}: allowed: files and self, or none alone")
     if "none" in sources and held_out is not None:
         raise UserError(f"--held-out {held_out}: nothing is measured with --calibrate none; leave it out")
-    named = [("--calibrate", source) for source in sources if source not in ("self", "none")]
-    for option, name in [*named, *([] if held_out is None else [("--held-out", held_out)])]:
+    named = [("--calibrate", source, WORDS) for source in sources if source not in WORDS]
+    for option, name, words in [*named, *([] if held_out is None else [("--held-out", held_out, ())])]:
         if tokenizer is None:
             raise UserError(f"{option} {name}: the source has no tokenizer; use --calibrate self or none")
-        if not str(name).lower().endswith(SUFFIXES):
-            raise UserError(f"{option} {name}: not a text this can read; allowed: {', '.join(SUFFIXES)}")
-        if not Path(name).is_file():
-            raise UserError(f"{option} {name}: no such file")
+        check_file(name, f"{option} {name}", words)
 
 
 def _refuse_strangers(windows: list[torch.Tensor], vocabulary: int) -> None:
@@ -118,81 +109,6 @@ def _refuse_strangers(windows: list[torch.Tensor], vocabulary: int) -> None:
 def enough_tokens(config) -> int:
     """How much text to calibrate a model of this size with: a layer has some D^2 numbers to fit (D hidden size)."""
     return max(4096, min(MOST_TOKENS, config.hidden_size**2 // 8))
-
-
-def read_documents(path: str | Path) -> list[Document]:
-    """The documents of a text file, or of the rows of a JSON file. Raises UserError naming the file and the row."""
-    path = Path(path)
-    if not str(path).lower().endswith(SUFFIXES):
-        raise UserError(f"{path}: not a text this can read; allowed: {', '.join(SUFFIXES)}")
-    try:
-        content = path.read_bytes()
-        content = (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: unreadable text: {getattr(error, 'strerror', None) or error}") from None
-    kind = "." + path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if kind == ".txt":
-        return [content] if content.strip() else []
-    return [_whole(_document(row, where), where) for row, where in _rows(content, kind, path)]
-
-
-def _rows(content: str, kind: str, path: Path) -> list[tuple]:
-    where, rows = f"{path}: not a JSON list", []
-    try:
-        if kind == ".json":
-            data = json.loads(content)
-            if not isinstance(data, list):
-                raise ValueError(f"found {type(data).__name__}")
-            return [(row, f"{path}: row {index + 1}") for index, row in enumerate(data)]
-        for number, line in enumerate(content.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
-            where = f"{path}:{number}: not JSON"
-            if line.strip():
-                rows.append((json.loads(line), f"{path}:{number}"))
-        return rows
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _document(row, where: str) -> Document:
-    if isinstance(row, str):
-        return row
-    if isinstance(row, dict):
-        if isinstance(row.get("text"), str):
-            return row["text"]
-        turns = row.get("messages") or row.get("conversations")
-        if isinstance(turns, list):
-            return _chat([*turns, *([row["chosen"]] if isinstance(row.get("chosen"), dict) else [])], where)
-        for asked, answered in (("instruction", "output"), ("prompt", "completion")):
-            if all(isinstance(part, str) for part in (row.get(asked), row.get(answered), row.get("input") or "")):
-                question = "\n".join(part for part in (row[asked], row.get("input")) if part)
-                return [{"role": "user", "content": question}, {"role": "assistant", "content": row[answered]}]
-    raise UserError(
-        f"{where}: no text in it; a row has text, messages, conversations, instruction and output, "
-        "or prompt and completion"
-    )
-
-
-def _whole(document: Document, where: str) -> Document:
-    """JSON can write half of a character, which no tokenizer takes."""
-    try:
-        for text in [document] if isinstance(document, str) else [turn["content"] for turn in document]:
-            text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: a lone surrogate, half of a character: {error}") from None
-    return document
-
-
-def _chat(turns: list, where: str) -> list[dict]:
-    chat = []
-    for turn in turns:
-        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"{where}: a turn of a chat needs role and content (or from and value) as text")
-        chat.append({"role": ROLES.get(role, role), "content": content})
-    return chat
 
 
 def set_aside(documents: list[Document], share: float = HELD_OUT_SHARE) -> tuple[list[Document], list[Document]]:

@@ -11,9 +11,8 @@ from collections.abc import Collection
 
 import numpy as np
 
+from convert.text_files import Messages
 from deltanet_errors import UserError
-
-from .documents import Messages
 
 
 def encode_chat(

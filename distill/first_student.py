@@ -12,6 +12,8 @@ from convert.command import convert
 from convert.families import teacher_config
 from convert.layouts import parse_layout
 from convert.plan import student_config
+from convert.text import WORDS
+from convert.text_files import check_file
 from deltanet import DeltaNetConfig
 from deltanet_errors import UserError, one_line
 
@@ -72,14 +74,14 @@ def check_free(folder: Path) -> None:
 
 
 def check_texts(recipe: Recipe, run: Path) -> None:
-    """Raises UserError where a student is to be converted and a text to fit it on is not there."""
+    """Raises UserError where a student is to be converted and a text to fit it on cannot be read."""
     wish = recipe.student.convert
     if wish is None or (student_folder(recipe, run) / "config.json").is_file():
         return
-    for key, names in (("calibrate", wish.calibrate), ("held_out", (wish.held_out,))):
-        for name in names:
-            if name not in (None, "self", "none") and not Path(name).is_file():
-                raise UserError(f"student.convert.{key}: {name}: no such file")
+    for name in wish.calibrate:
+        check_file(name, f"student.convert.calibrate: {name}", WORDS)
+    if wish.held_out is not None:
+        check_file(wish.held_out, f"student.convert.held_out: {wish.held_out}")
 
 
 def planned(recipe: Recipe, teacher: DeltaNetConfig) -> DeltaNetConfig:

@@ -12,46 +12,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from convert.text_files import PAIR, Messages, missing, pick, read_answer
 from deltanet_errors import DeltanetError, UserError
 
 from .batch import Batch
-from .documents import CHAT_FIELDS, Messages, pick, read_turns
 from .packing import IGNORED, Sequence
 from .schema import Source
-
-ANSWERS = ("chosen", "rejected")
 
 
 def read_pair(record: object, source: Source, place: str) -> tuple[Messages, Messages]:
     """(chosen, rejected), each a whole conversation that ends with the assistant's answer.
 
     The prompt is `messages` or `conversations` (`field` names another), or the text `prompt`; the answers are a text,
-    a turn, or a list of turns, which without a prompt is the whole conversation. Raises UserError headed by `place`.
+    a turn, or a list of turns, which may repeat the prompt. Raises UserError headed by `place`.
     """
     if not isinstance(record, dict):
         raise UserError(f"{place}: expected an object with chosen and rejected, got {type(record).__name__}")
-    for key in ANSWERS:
-        if key not in record:
-            raise UserError(f"{place}: no {key} among the keys {', '.join(map(str, record))}")
-    field = pick(record, source.field, (*CHAT_FIELDS, "prompt"))
-    if field is None and source.field is not None:
-        raise UserError(f"{place}: no {source.field} among the keys {', '.join(map(str, record))}")
-    # A list of turns repeats the prompt (UltraFeedback's files do so), beside whatever `prompt` says.
-    lists = all(isinstance(record[key], list) for key in ANSWERS)
-    prompt: Messages = [] if field is None or lists else _turns(record[field], "user", f"{place} {field}")
-    pair = tuple(prompt + _turns(record[key], "assistant", f"{place} {key}") for key in ANSWERS)
-    for key, messages in zip(ANSWERS, pair):
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise UserError(f"{place} {key}: expected a prompt and then the assistant's answer")
-    if pair[0][:-1] != pair[1][:-1]:
+    for key in PAIR:
+        if not pick(record, ((key,),)):
+            raise missing(record, place, ((key,),))
+    chosen, rejected = (read_answer(record, place, key, source.field) for key in PAIR)
+    if chosen[:-1] != rejected[:-1]:
         raise UserError(f"{place}: chosen and rejected answer different prompts, so they cannot be compared")
-    return pair
-
-
-def _turns(value: object, role: str, where: str) -> Messages:
-    if isinstance(value, str):
-        value = {"role": role, "content": value}
-    return read_turns([value] if isinstance(value, dict) else value, where)
+    return chosen, rejected
 
 
 def num_pairs(sequences: Many[Sequence]) -> int:

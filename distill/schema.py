@@ -143,7 +143,7 @@ USUAL_NAME = "teacher"  # of a source with `from_teacher` that is given none
 
 class Source(Section):
     name: Text | None = Field(None, description="what stages call it; by default the file's name")
-    path: SomeNames | None = Field(None, description="local files or globs: txt, jsonl, json, parquet, each also .gz")
+    path: SomeNames | None = Field(None, description="files or globs: txt, md, jsonl, json, parquet, each also .gz")
     dataset: Text | None = Field(None, description="Hub data set (owner/name), instead of path")
     from_teacher: int | None = Field(None, gt=0, description="tokens that the teacher writes itself, instead of path")
     task: str | None = Field(None, description="a generated task (docs/tasks.md), instead of path")

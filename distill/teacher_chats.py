@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection
 import numpy as np
 import torch
 
+from convert.text_files import Messages
 from deltanet import DeltaNetForCausalLM
 from deltanet_errors import UserError
 
 from .chat import encode_chat
-from .documents import Messages
 from .onpolicy import write_after
 from .order import hashed
 

@@ -26,7 +26,7 @@ from .documents import find_files, pin_revision, read_records, read_source
 from .preferences import read_pair
 from .schema import Source
 
-FORMAT = 1
+FORMAT = 2  # to be raised when the same files give other tokens than before
 TASK_FORMAT = 2  # to be raised when a task makes other examples than before
 BATCH = 256  # documents given to the tokenizer at once; it spreads them over the cores
 

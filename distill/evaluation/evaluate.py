@@ -16,6 +16,7 @@ import transformers
 import deltanet
 from convert.closeness import recall
 from convert.progress import progress
+from convert.text_files import check_file
 from deltanet import DeltaNetConfig
 from deltanet_errors import UserError
 
@@ -61,8 +62,7 @@ def evaluate(
     chosen = select(tasks)
     if text == NONE and not chosen and contexts is not None and not len(contexts):
         raise UserError("--text none --tasks none --contexts none: nothing is left to measure")
-    if text not in (SELF, NONE) and not Path(text).is_file():
-        raise UserError(f"--text {text}: no such file (or say self or none)")
+    check_file(text, f"--text {text}", (SELF, NONE))
     mine = load_subject(student, device=device, dtype=dtype)
     other = None if against is None else load_subject(against, device=device, dtype=dtype)
     longest = mine.max_context if other is None else min(mine.max_context, other.max_context)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from convert.text_files import read_json_lines
 from deltanet_errors import UserError
 
 from .result import TaskResult, mean, share
@@ -96,24 +97,14 @@ def read_set(path: str | Path) -> StandardSet:
     """The set in a jsonl file; its name is the file's. Raises UserError naming file and line for an unreadable file, a
     row of no known format, and a file without rows or with rows of two kinds."""
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, as splitlines would
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: unreadable: {getattr(error, 'strerror', None) or error}") from None
     rows: list[Row] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for place, row in read_json_lines(path):
         try:
-            rows.append(_row(json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error.msg} (column {error.colno})") from None
-        except RecursionError:
-            raise UserError(f"{path}:{number}: not JSON: nested too deep") from None
+            rows.append(_row(row))
         except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+            raise UserError(f"{place}: {error}") from None
         if type(rows[-1]) is not type(rows[0]):
-            raise UserError(f"{path}:{number}: a row of another kind than the first; give each kind a file of its own")
+            raise UserError(f"{place}: a row of another kind than the first; give each kind a file of its own")
     if not rows:
         raise UserError(f"{path}: no rows in it")
     return StandardSet(path.stem, rows)

@@ -3,7 +3,8 @@
 import torch
 
 from convert.progress import progress
-from convert.text import read_documents, tokenise, write_text
+from convert.text import tokenise, write_text
+from convert.text_files import read_documents
 from deltanet_errors import UserError
 
 from .subject import Subject

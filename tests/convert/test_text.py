@@ -1,6 +1,5 @@
-"""Text for calibration: every format, what is set aside, and what the teacher writes. Twin of convert/text.py."""
+"""Text for calibration: what is set aside, and what the teacher writes. Twin of convert/text.py."""
 
-import gzip
 import json
 from types import SimpleNamespace
 
@@ -14,14 +13,11 @@ from convert.text import (
     check_sources,
     document_start,
     enough_tokens,
-    read_documents,
     set_aside,
     tokenise,
     write_text,
 )
 from deltanet import DeltaNetConfig, UserError
-
-CHAT = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A fox."}]
 
 
 @pytest.fixture(scope="module")
@@ -35,91 +31,17 @@ def teacher():
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ("a story", "a story"),
-        ({"text": "a story", "source": "x"}, "a story"),
-        ({"messages": CHAT}, CHAT),
-        ({"conversations": [{"from": "human", "value": "Who are you?"}, {"from": "gpt", "value": "A fox."}]}, CHAT),
-        (
-            {
-                "conversations": [{"from": "human", "value": "Who are you?"}],
-                "chosen": {"from": "gpt", "value": "A fox."},
-                "rejected": {"from": "gpt", "value": "No."},
-            },
-            CHAT,
-        ),
-        ({"instruction": "Who are you?", "input": "", "output": "A fox."}, CHAT),
-        (
-            {"instruction": "Who", "input": "are you?", "output": "A fox."},
-            [{**CHAT[0], "content": "Who\nare you?"}, CHAT[1]],
-        ),
-        ({"prompt": "Who are you?", "completion": "A fox."}, CHAT),
-    ],
-    ids=["string", "text", "messages", "conversations", "preference", "instruction", "instruction-input", "prompt"],
-)
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
-def test_rows_of_every_kind_are_read(tmp_path, row, expected, suffix):
-    path = tmp_path / f"rows{suffix}"
-    content = json.dumps([row, row]) if ".jsonl" not in suffix else f"{json.dumps(row)}\n\n{json.dumps(row)}\n"
-    path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
-    assert read_documents(path) == [expected, expected]
-
-
-def test_a_line_separator_within_a_string_does_not_end_a_row(tmp_path):
-    text = "one\u2028two\x85three"
-    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_documents(tmp_path / "text.jsonl") == [text]
-
-
-def test_plain_text_is_one_document(tmp_path):
-    (tmp_path / "a.txt").write_text("Ein Märchen.\n\nZwei.", encoding="utf-8")
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("Ein Märchen.".encode()))
-    assert read_documents(tmp_path / "a.txt") == ["Ein Märchen.\n\nZwei."]
-    assert read_documents(tmp_path / "b.txt.gz") == ["Ein Märchen."]
-    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n')
-    assert read_documents(tmp_path / "c.jsonl") == ["one"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", b"text\n", r"a\.csv: not a text this can read; allowed: \.txt"),
-        ("a.json", b'{"text": 1', r"a\.json: not a JSON list"),
-        ("a.jsonl", b'{"text": "x"}\nno\n', r"a\.jsonl:2: not JSON: Expecting value \(column 1\)"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r"a\.jsonl:2: no text in it"),
-        ("a.jsonl", b'{"instruction": "q", "input": 5, "output": "a"}', r"a\.jsonl:1: no text in it"),
-        ("a.json", b'[{"messages": [{"role": "user"}]}]', r"row 1: a turn of a chat needs role and content"),
-        ("a.json", b'{"text": "x"}', r"a\.json: not a JSON list: found dict"),
-        ("a.json", b'"text"', r"a\.json: not a JSON list: found str"),
-        ("a.json", b"[" * 100_000, r"a\.json: not a JSON list: maximum recursion"),
-        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not JSON: maximum recursion"),
-        ("a.jsonl", b'{"instruction": "x", "output": "y", "input": 3}', r"a\.jsonl:1: no text in it"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}', r"a\.jsonl:2: a lone surrogate"),
-        ("a.txt.gz", b"not gzip", r"a\.txt\.gz: unreadable text"),
-        ("a.txt", b"\xff\xfe\xfa", r"a\.txt: unreadable text"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}', mtime=0)[:-9], r"a\.jsonl\.gz: unreadable text"),
-    ],
-)
-def test_unreadable_text_is_one_error_that_names_the_place(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_documents(tmp_path / name)
-
-
-@pytest.mark.parametrize(("name", "content"), [(".txt", b"Eins."), ("a.TXT.GZ", gzip.compress(b"Eins."))])
-def test_odd_names_are_read(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    assert read_documents(tmp_path / name) == ["Eins."]
-
-
-@pytest.mark.parametrize(
     ("sources", "held_out", "message"),
     [
         (["self", "nix.txt"], None, r"--calibrate nix\.txt: no such file"),
-        (["self", "{}.txt"], None, "--calibrate .*: no such file"),
+        (["self", "{}.txt"], None, r"--calibrate .*folder\.txt is a folder"),
         (["self"], "nix.txt", r"--held-out nix\.txt: no such file"),
-        (["self"], "self", r"--held-out self: not a text this can read"),
+        (["self"], "self", r"--held-out self: not a text this can read; allowed: \.txt, .*, each also \.gz$"),
+        (
+            ["slef"],
+            None,
+            r"--calibrate slef: not a text this can read; .*, each also \.gz, self, none$",
+        ),
         (["self"], "", r"--held-out : not a text"),
         (["none"], "nix.txt", r"--held-out nix\.txt: nothing is measured with --calibrate none"),
         (["self", "none"], None, "--calibrate self none: allowed: files and self, or none alone"),
@@ -164,11 +86,6 @@ def test_a_teacher_without_finite_logits_cannot_write(tokenizer):
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="logits are not finite"):
         write_text(model, tokenizer, 1, 4, 0)
-
-
-def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.txt: unreadable text: No such file or directory$"):
-        read_documents(tmp_path / "nothing.txt")
 
 
 def test_what_is_set_aside_and_the_rest_are_the_whole_text_and_do_not_overlap():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from convert.text_files import read_documents
 from deltanet_errors import UserError
 from distill.documents import find_files, read_source
 from distill.schema import Source
@@ -34,12 +35,13 @@ def test_every_format_gives_the_same_documents(tmp_path):
         options = {"separator": "<|end|>"} if name == "c.txt" else {}
         assert read(tmp_path / name, **options) == TEXTS
         assert read(tmp_path / f"{name}.gz", **options) == TEXTS
+        assert read_documents(tmp_path / name) == read(tmp_path / name)
     assert read(tmp_path / "c.txt") == [files["c.txt"]]
     assert read(tmp_path / "a.jsonl", max_documents=2) == TEXTS[:2]
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "d.parquet")
-    assert read(tmp_path / "d.parquet") == TEXTS
+    assert read(tmp_path / "d.parquet") == read_documents(tmp_path / "d.parquet") == TEXTS
 
 
 def test_globs_are_sorted_blank_documents_skipped_and_a_byte_order_mark_dropped(tmp_path, monkeypatch):
@@ -65,9 +67,12 @@ def test_conversations_in_every_known_shape_are_the_same(tmp_path):
         {"messages": turns},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"instruction": "q", "input": "", "output": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
     ]
     (tmp_path / "a.jsonl").write_text(lines(*shapes))
-    assert read(tmp_path / "a.jsonl", kind="chat") == [turns] * 3
+    assert read(tmp_path / "a.jsonl", kind="chat") == [turns] * len(shapes)
+    assert read_documents(tmp_path / "a.jsonl") == [turns] * len(shapes)
     (tmp_path / "b.jsonl").write_text(lines({"talk": turns}))
     assert read(tmp_path / "b.jsonl", kind="chat", field="talk") == [turns]
 
@@ -140,5 +145,5 @@ def test_missing_files_folders_and_unknown_suffixes_are_refused(tmp_path):
         with pytest.raises(UserError, match=r"source s: .*gone.txt is a link to a file that is not there"):
             read(tmp_path / name)
     (tmp_path / "a.csv").write_text("")
-    with pytest.raises(UserError, match=r"a.csv: the suffix is none of \.txt"):
+    with pytest.raises(UserError, match=r"source s: .*a.csv: not a text this can read; allowed: \.txt"):
         read(tmp_path / "a.csv")

@@ -32,6 +32,7 @@ TOKENIZER = make_tokenizer()
          "rejected": {"from": "gpt", "value": "b"}},
         {"messages": PROMPT, "chosen": GOOD, "rejected": BAD},
         {"prompt": "q", "chosen": "g", "rejected": "b"},
+        {"prompt": PROMPT, "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": "q", "chosen": [*PROMPT, GOOD], "rejected": [*PROMPT, BAD]},
         {"chosen": [*PROMPT, GOOD], "rejected": [*PROMPT, BAD], "score_chosen": 4.0},
     ],

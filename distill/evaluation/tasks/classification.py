@@ -11,7 +11,6 @@ Twin: tests/distill/evaluation/tasks/test_classification.py.
 """
 
 import functools
-import json
 import random
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 
+from convert.text_files import encodable, read_json_lines
 from deltanet_errors import UserError
 
 from .example import Example
@@ -104,22 +104,12 @@ def _rows(read: Callable[[Path], list[Row]], path: Path, changed: int) -> list[R
 def read_jsonl(path: Path, keys: Sequence[str]) -> list[Row]:
     """The rows of a jsonl file whose texts are under `keys`, in UTF-8. Raises UserError naming file and line."""
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from None
+    for place, row in read_json_lines(path):
         texts = [row.get(key) if isinstance(row, dict) else None for key in keys]
         if not all(isinstance(text, str) for text in texts) or not is_label(row.get("label")):
             wanted = ", ".join(f"`{key}` (string)" for key in keys)
-            raise UserError(f"{path}:{number}: expected are {wanted} and `label` (whole number from 0)")
-        rows.append(Row(tuple(text.encode() for text in texts), row["label"]))
+            raise UserError(f"{place}: expected are {wanted} and `label` (whole number from 0)")
+        rows.append(Row(tuple(encodable(text, place).encode() for text in texts), row["label"]))
     return rows
 
 

@@ -75,6 +75,7 @@ def test_a_model_beside_itself_is_as_good(folders):
         ({"contexts": [63]}, "--contexts 63: allowed is 64"),
         ({"limit": 0}, "--limit 0: allowed is 1 or more"),
         ({"text": "lost.txt"}, "--text lost.txt: no such file"),
+        ({"text": "slef"}, "--text slef: not a text this can read; .*, each also .gz, self, none"),
         ({"tasks": ["lost"]}, "--tasks lost: no such task"),
     ],
 )

@@ -113,6 +113,12 @@ def test_a_row_that_cannot_be_used_is_named_by_its_line(rows, message, tmp_path)
     assert str(raised.value).startswith(f"{path}{message}")
 
 
+def test_a_byte_order_mark_and_lines_of_windows_are_no_matter(tmp_path):
+    plain = read_set(write(tmp_path / "set.jsonl", LAMBADA)).rows
+    (tmp_path / "set.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in LAMBADA))
+    assert read_set(tmp_path / "set.jsonl").rows == plain
+
+
 def test_what_is_no_json_is_named_by_its_line(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(LAMBADA[0]) + "\n{half\n")

@@ -119,6 +119,7 @@ def test_an_oracle_and_a_constant_score_what_they_should(tmp_path):
         ("lra_text", '\n{"text": "a", "label": -1}', "a.file:2: expected are `text` (string) and `label`"),
         ("lra_text", '{"text": "a", "label": true}', "a.file:1: expected are `text` (string) and `label`"),
         ("lra_text", "[1]", "a.file:1: expected are `text`"),
+        ("lra_text", '{"text": "\\ud800", "label": 0}', "a.file:1: holds half of a surrogate pair"),
         ("lra_text", '{"text": "a", "label": 0}', "a.file: 1 rows of 1 classes; allowed is 2 or more"),
         (
             "lra_text",

@@ -1,0 +1,248 @@
+"""Documents out of files, as every command understands them: txt, text, md, json, jsonl and parquet, each also .gz.
+
+A document is a text or a chat (a list of {role, content}); with it comes its place, `file:line` or `file[row]`, which
+heads every complaint about it. Nothing here tokenises. Twin: tests/convert/test_text_files.py.
+"""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from deltanet_errors import UserError, one_line
+
+SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".json", ".parquet")
+Keys = tuple[str, ...]
+TEXTS: tuple[Keys, ...] = (("text",), ("content",), ("document",))
+"""By which keys a record holds a text: the first of these that it has all of. Of chats: `CHATS`."""
+MESSAGES = (("messages",), ("conversations",), ("conversation",))
+COMPLETION, INSTRUCTION, PAIR = ("prompt", "completion"), ("instruction", "output"), ("chosen", "rejected")
+CHATS: tuple[Keys, ...] = (*MESSAGES, COMPLETION, INSTRUCTION, PAIR)
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+
+Messages = list[dict[str, str]]
+Document = str | Messages
+
+
+def check_file(file: str | Path, named: str, words: Sequence[str] = ()) -> None:
+    """Raises UserError headed by `named` for what is no file, or none of a kind that is read, nor one of `words`."""
+    if file in words:
+        return
+    if os.path.isdir(file):
+        raise UserError(f"{named} is a folder; name the files in it")
+    if _suffix(file) is None:
+        allowed = ", ".join((*SUFFIXES, "each also .gz", *words))
+        raise UserError(f"{named}: not a text this can read; allowed: {allowed}")
+    if not os.path.exists(file) and os.path.islink(file):
+        raise UserError(f"{named} is a link to a file that is not there")
+    if not os.path.isfile(file):
+        raise UserError(f"{named}: no such file")
+
+
+def read_documents(file: str | Path) -> list[Document]:
+    """The documents of a file, without blank texts. Raises UserError with the place of what is none."""
+    check_file(file, str(file))
+    documents = [read_document(record, place) for place, record in read_file(file)]
+    return [document for document in documents if not is_blank(document)]
+
+
+def is_blank(document: Document) -> bool:
+    """Whether it is a text without a word, which nobody reads."""
+    return isinstance(document, str) and not document.strip()
+
+
+def read_file(file: str | Path, separator: str | None = None) -> Iterator[tuple[str, object]]:
+    """(place, record) of every record as it stands in the file: text, or what JSON or parquet holds.
+
+    A text file is one record, or with `separator` the parts between; CRLF in it is a newline. A JSON file is a list of
+    records, or one. Raises UserError with the place for what cannot be read, is not UTF-8 or not JSON.
+    """
+    suffix = _suffix(file)
+    if suffix == ".parquet":
+        yield from _parquet_records(file)
+    elif suffix == ".jsonl":
+        yield from read_json_lines(file)
+    elif suffix == ".json":
+        value = _json(_text(file), file, 1)
+        for index, record in enumerate(value if isinstance(value, list) else [value]):
+            yield f"{file}[{index}]", record
+    elif separator is None:
+        yield f"{file}:1", _text(file)
+    else:
+        line, separator = 1, separator.replace("\r\n", "\n")
+        for part in _text(file).split(separator):
+            blank = len(part) - len(part.lstrip("\n"))
+            yield f"{file}:{line + blank}", part.strip("\n")
+            line += (part + separator).count("\n")
+
+
+def read_json_lines(file: str | Path) -> Iterator[tuple[str, object]]:
+    """(place, record) of every line of JSON, whatever the file is called; blank ones are skipped. Raises as
+    `read_file`."""
+    for line, text in _lines(file):
+        if text.strip():
+            yield f"{file}:{line}", _json(text, file, line)
+
+
+def _suffix(file: str | Path) -> str | None:
+    name = str(file).lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def _open(file: str | Path) -> BinaryIO:
+    return gzip.open(file) if str(file).lower().endswith(".gz") else open(file, "rb")
+
+
+def _text(file: str | Path) -> str:
+    return "".join(line for _, line in _lines(file))
+
+
+def _lines(file: str | Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of every line, which ends in a newline and nothing else; a byte-order mark is dropped."""
+    number = 0
+    try:
+        with _open(file) as stream:
+            for number, data in enumerate(stream, 1):
+                yield number, data.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}:{number}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}:{number + 1}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _json(text: str, file: str | Path, line: int) -> object:
+    try:
+        return json.loads(text.rstrip())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{line + error.lineno - 1}: not JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{file}:{line}: not JSON: nested too deep") from None
+    except ValueError as error:  # a number with more digits than Python takes
+        raise UserError(f"{file}:{line}: not JSON: {error}") from None
+
+
+def _parquet_records(file: str | Path) -> Iterator[tuple[str, object]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with _open(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
+            for batch in table.iter_batches():
+                for record in batch.to_pylist():
+                    yield f"{file}[{row}]", record
+                    row += 1
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: damaged, or text that is not UTF-8, at row {row} or after: {one_line(error)}"
+        ) from None
+    except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: not a parquet file: {one_line(error)}") from None
+
+
+def pick(record: dict, shapes: Sequence[Keys]) -> Keys | None:
+    """The first of the shapes whose keys all have a value in the record."""
+    return next((keys for keys in shapes if all(record.get(key) is not None for key in keys)), None)
+
+
+def missing(record: dict, place: str, shapes: Sequence[Keys], hint: str = "") -> UserError:
+    """What to raise for a record that has none of the shapes."""
+    wanted = " or ".join(" and ".join(keys) for keys in shapes)
+    found = ", ".join(f"{key} (null)" if value is None else str(key) for key, value in record.items())
+    return UserError(f"{place}: no {wanted} among the keys {found}{hint}")
+
+
+def read_document(record: object, place: str) -> Document:
+    """The text of a record that has one, else its chat. Raises UserError headed by `place` as `read_text` does."""
+    if not isinstance(record, dict) or pick(record, TEXTS):
+        return read_text(record, place)
+    if not pick(record, CHATS):
+        raise missing(record, place, TEXTS + CHATS)
+    return read_chat(record, place)
+
+
+def read_text(record: object, place: str, field: str | None = None) -> str:
+    """The text that a record is or has, under `field` if that is given. Raises UserError headed by `place`."""
+    if isinstance(record, dict):
+        shapes = TEXTS if field is None else ((field,),)
+        keys = pick(record, shapes)
+        if keys is None:
+            raise missing(record, place, shapes, "; `kind: chat` reads conversations" if pick(record, CHATS) else "")
+        record, place = record[keys[0]], f"{place} {keys[0]}"
+    if not isinstance(record, str):
+        raise UserError(f"{place}: expected text, got {type(record).__name__}")
+    return encodable(record, place)
+
+
+def read_chat(record: object, place: str, field: str | None = None) -> Messages:
+    """The conversation that a record has, under `field` if that is given: messages, ShareGPT's (from, value), a prompt
+    and its completion, instruction / input / output, or of a pair of answers the chosen one.
+
+    Raises UserError headed by `place`.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: expected an object with messages, got {type(record).__name__}")
+    if field is None and pick(record, (PAIR,)):
+        return read_answer(record, place, PAIR[0])
+    shapes = CHATS if field is None else ((field,),)
+    keys = pick(record, shapes)
+    if keys is None:
+        raise missing(record, place, shapes)
+    if keys == COMPLETION:
+        return read_answer(record, place, keys[1])
+    turns = record[keys[0]]
+    if keys == INSTRUCTION:
+        asked = [part for part in (turns, record.get("input")) if part]
+        question = "\n".join(asked) if all(isinstance(part, str) for part in asked) else None
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": record[keys[1]]}]
+    return _turns(turns, f"{place} {keys[0]}")
+
+
+def read_answer(record: dict, place: str, key: str, field: str | None = None) -> Messages:
+    """The conversation that ends with the assistant's answer under `key`: a text, a turn, or a list of turns.
+
+    Its prompt is there if the list does not begin with an answer; else it is `messages` or the like, or `prompt`;
+    `field` names another. Raises UserError headed by `place`.
+    """
+    shapes = (*MESSAGES, COMPLETION[:1]) if field is None else ((field,),)
+    asked = pick(record, shapes)
+    if asked is None and field is not None:
+        raise missing(record, place, shapes)
+    turns = _turns(record[key], f"{place} {key}", "assistant")
+    if asked is not None and turns[0]["role"] == "assistant":
+        turns = _turns(record[asked[0]], f"{place} {asked[0]}", "user") + turns
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise UserError(f"{place} {key}: expected a prompt and then the assistant's answer")
+    return turns
+
+
+def _turns(turns: object, where: str, said_by: str | None = None) -> Messages:
+    """Messages from a list of turns, each with role and content, or from and value; where it is known who said it,
+    also from a single turn or a text."""
+    if said_by is not None and isinstance(turns, str):
+        turns = {"role": said_by, "content": turns}
+    if said_by is not None and isinstance(turns, dict):
+        turns = [turns]
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{where}: expected a list of messages")
+    messages = []
+    for number, turn in enumerate(turns):
+        given = turn if isinstance(turn, dict) else {}
+        role = given.get("role") or given.get("from")
+        content = given.get("value") if given.get("content") is None else given["content"]
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(f"{where}[{number}]: expected an object with role and content, both text")
+        messages.append({"role": ROLES.get(role, role), "content": encodable(content, f"{where}[{number}]")})
+    return messages
+
+
+def encodable(text: str, place: str) -> str:
+    """The text. Raises UserError for half of a character, which JSON can write and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: holds half of a surrogate pair, which is no character") from None
+    return text
