@@ -6,8 +6,6 @@ become wgmma, each waited for, and Triton 3.4 to 3.7.0 miscompiles some of them 
 
 from dataclasses import dataclass
 
-import triton
-
 CHUNK = 16
 """Tokens of a chunk: the smallest tensor-core tile, so that C x C work stays small beside the state's."""
 ANCHOR = 256
@@ -66,7 +64,7 @@ TABLES = {"forward": FORWARD, "map": MAP, "write": WRITE, "key": KEY, "query": Q
 
 def padded(size: int) -> int:
     """The tile that holds a head of this size: the next power of two, at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def choose(kernel: str, whole: int, tiled: int, is_gated: bool) -> Config:

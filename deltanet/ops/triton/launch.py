@@ -5,10 +5,9 @@ bytes, half precision), else through pointers. No function here looks at a value
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
-import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -18,6 +17,14 @@ from .decode import step_kernel
 from .forward import forward_kernel
 from .gate import decay_kernel, gate_kernel, largest_kernel, unit_gradient_kernel
 from .segments import map_kernel, scan_kernel
+
+
+def ceil_div(a: int, b: int) -> int:  # triton's own, which kernels may call too, costs the host 3 microseconds
+    return -(-a // b)
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 @cache
@@ -60,6 +67,13 @@ class Case:
     def heads(self) -> int:
         return self.documents * self.H
 
+    @property
+    def num_decays(self) -> int:
+        """Of chunk_decays."""
+        chunks = self.T // CHUNK + self.documents if self.is_packed else self.B * ceil_div(self.T, CHUNK)
+        return (chunks * self.H + 2) * CHUNK
+
+    @cached_property
     def shape_flags(self) -> dict:
         return {
             "G": self.G,
@@ -109,7 +123,7 @@ def written(c: Case, x: torch.Tensor | None, heads: int, width: int):
 
 
 def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, save: bool):
-    """o, final state, and for the backward x, shift, starts, maps, each None where it is not needed."""
+    """o, final state, and for the backward x, shift, starts, maps, decays, each None where it is not needed."""
     KP, VP = padded(c.K), padded(c.V)
     config = choose("forward", KP, VP, c.is_gated)
     GB = group_block(c.G, config.group)
@@ -128,7 +142,7 @@ def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, 
         starts = single(c.heads, n, c.K, c.V, dtype=torch.float32)
     inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, v, 1, BV), beta, decays]
     outputs = [written(c, o, GB, BV), written(c, x, 1, BV)]
-    flags = c.shape_flags() | {"GB": GB, "BV": BV, "STAGES": config.stages, "num_warps": config.num_warps}
+    flags = c.shape_flags | {"GB": GB, "BV": BV, "STAGES": config.stages, "num_warps": config.num_warps}
     sizes = (c.T, c.H, n, c.heads)
     for retry in range(2 if c.half else 1):
         if n > 1:
@@ -138,18 +152,17 @@ def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, 
             *inputs, *outputs, initial_state if n == 1 else starts, final, cu_seqlens, shift, scale, *sizes,
             RETRY=retry and (1 if n == 1 else 2), **flags,
         )  # fmt: skip
-    return o, final, x, shift, starts, maps
+    return o, final, x, shift, starts, maps, decays
 
 
 def chunk_decays(c: Case, g, cu_seqlens):
     """Decays summed from the start of every chunk, in log2, or None without a gate."""
     if not c.is_gated:
         return None
-    chunks = c.T // CHUNK + c.documents if c.is_packed else c.B * triton.cdiv(c.T, CHUNK)
-    decays = torch.empty((chunks * c.H + 2) * CHUNK, dtype=torch.float32, device=g.device)
-    BH = min(triton.next_power_of_2(c.H), 32)
-    parts = min(triton.cdiv(c.T, ANCHOR), 64)
-    decay_kernel[(c.documents * triton.cdiv(c.H, BH), parts)](
+    decays = torch.empty(c.num_decays, dtype=torch.float32, device=g.device)
+    BH = min(next_power_of_two(c.H), 32)
+    parts = min(ceil_div(c.T, ANCHOR), 64)
+    decay_kernel[(c.documents * ceil_div(c.H, BH), parts)](
         g, decays, cu_seqlens, c.T, c.H, BH=BH, C=CHUNK, STEP=ANCHOR, VARLEN=c.is_packed, num_warps=4
     )
     return decays
@@ -158,8 +171,7 @@ def chunk_decays(c: Case, g, cu_seqlens):
 def segment_maps(c: Case, k, v, beta, decays, initial_state, offsets, maps, cu_seqlens, shift, retry: int) -> None:
     KP, VP = padded(c.K), padded(c.V)
     config = choose("map", KP, max(KP, VP), c.is_gated)
-    flags = c.shape_flags()
-    del flags["G"], flags["TMA_OUT"]
+    flags = {key: value for key, value in c.shape_flags.items() if key not in ("G", "TMA_OUT")}
     map_kernel[(c.heads * (max(KP, VP) // config.tile), c.segments)](
         rows(c, k, 1, KP), rows(c, v, 1, config.tile), beta, decays, initial_state, offsets, maps, cu_seqlens, shift,
         c.T, c.H, c.segments, c.heads,
@@ -180,7 +192,7 @@ def largest(c: Case, do, dfinal, scale: float) -> torch.Tensor:
     out = torch.zeros(1, dtype=torch.int32, device=do.device)
     for x, factor in ((do, 1.0), (dfinal, 1.0 / abs(scale))):
         if x is not None:
-            grid = (min(triton.cdiv(x.numel(), 2048), 8 * card(x.device)[1]),)
+            grid = (min(ceil_div(x.numel(), 2048), 8 * card(x.device)[1]),)
             largest_kernel[grid](x, factor, out, x.numel(), BLOCK=2048, num_warps=4)
     return out
 
@@ -191,8 +203,9 @@ def in_place_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def backward(
-    c: Case, q, k, v, beta, g, x, shift, starts, maps, do, dfinal, cu_seqlens, scale: float, wants_initial: bool
-):
+    c: Case, q, k, v, beta, g, x, shift, starts, maps, decays, do, dfinal, cu_seqlens, scale: float,
+    wants_initial: bool,
+):  # fmt: skip
     """dq, dk, dv, dbeta, dg (None without a gate), dinitial (None unless wanted).
 
     Half-finished dk, and dR where one walk can finish dv, live in the memory of dk and dv."""
@@ -211,7 +224,6 @@ def backward(
     dbeta = single(VP // BV, B, T, H)
     dinitial = single(c.documents, H, c.K, c.V) if wants_initial else None
     part = B * T * H
-    decays = chunk_decays(c, g, cu_seqlens)
     pairs = z = y = anchors = edges = None
     key_tiles = 1 if c.whole else KP // key.tile
     if c.is_gated:
@@ -219,7 +231,7 @@ def backward(
         pairs, z, y = single(key_tiles, B, T, H), single(key_tiles, B, T, H), single(KP // BK, B, T, H)
         anchors, edges = single(slots, H, c.K, c.V), single(KP // BK, slots, H)
     edge_part = edges[0].numel() if c.is_gated else 0
-    flags = c.shape_flags()
+    flags = c.shape_flags
 
     GB = group_block(c.G, write.group)
     writing = flags | {"GB": GB, "BV": BV, "STAGES": write.stages, "num_warps": write.num_warps}
@@ -258,15 +270,15 @@ def backward(
         for value, gradient in ((q, dq), (k, dk)):
             block = max(1, 4096 // KP)
             num_rows = value.numel() // c.K
-            unit_gradient_kernel[(triton.cdiv(num_rows, block),)](
+            unit_gradient_kernel[(ceil_div(num_rows, block),)](
                 value, gradient, num_rows, K=c.K, KP=KP, BLOCK=block, num_warps=4
             )
     dg = None
     if c.is_gated:
         dg = torch.empty_like(g)
-        BH = min(triton.next_power_of_2(H), 8)  # 32 bytes of every token
-        parts = min(triton.cdiv(triton.cdiv(T, n), ANCHOR), 64)
-        gate_kernel[(c.documents * triton.cdiv(H, BH), n, parts)](
+        BH = min(next_power_of_two(H), 8)  # 32 bytes of every token
+        parts = min(ceil_div(ceil_div(T, n), ANCHOR), 64)
+        gate_kernel[(c.documents * ceil_div(H, BH), n, parts)](
             g, pairs, z, y, edges, dg, cu_seqlens, shift, most, scale, T, H, n, heads, part, edge_part,
             BH=BH, C=CHUNK, STEP=ANCHOR, PARTS=key_tiles, EDGES=KP // BK, VARLEN=c.is_packed,
             FORGOTTEN=-8.3 if c.half else -14.0, num_warps=4,
@@ -282,7 +294,7 @@ def step(q, k, v, beta, g, state, scale: float, normalize: bool) -> torch.Tensor
     KP = padded(K)
     BV = min(max(16, 2048 // KP), padded(V))
     o = torch.empty(B, T, HQ, V, dtype=v.dtype, device=q.device)
-    step_kernel[(B * H * triton.cdiv(V, BV),)](
+    step_kernel[(B * H * ceil_div(V, BV),)](
         q, k, v, beta, g, o, state, scale, T, H,
         G=HQ // H, K=K, V=V, KP=KP, BV=BV, NORM=normalize, num_warps=2,
     )  # fmt: skip

@@ -33,9 +33,9 @@ def kernels(K, V, G, dtype, gated, normalize, packed, segments, tensor_maps):
     c = launch.case(q, k, v, g, cu, normalize, segments)
     c = dataclasses.replace(c, tensor_maps=c.tensor_maps and tensor_maps)
     with recorded() as launches:
-        o, final, x, shift, starts, maps = launch.forward(c, q, k, v, beta, g, first, cu, 0.1, True)
+        o, final, x, shift, starts, maps, decays = launch.forward(c, q, k, v, beta, g, first, cu, 0.1, True)
         start = first if starts is None else starts
-        launch.backward(c, q, k, v, beta, g, x, shift, start, maps, o, final, cu, 0.1, True)
+        launch.backward(c, q, k, v, beta, g, x, shift, start, maps, decays, o, final, cu, 0.1, True)
         launch.step(q[:, :1], k[:, :1], v[:, :1], beta, g, first, 0.1, normalize)
     return launches
 
