@@ -111,6 +111,19 @@ def markdown(rows: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def write_table(names: list[str], table: dict, output: Path) -> str:
+    """OUT/students.md, of the rows that are there."""
+    shown: dict[str, dict[str, str]] = {}
+    for name in names:
+        if (output / name / "seconds.json").is_file():
+            columns, shown["teacher"] = figures(output / name, table)
+            seconds = json.loads((output / name / "seconds.json").read_text())["distil"]
+            shown[name] = columns | {"seconds to distil": f"{seconds:.0f}"}
+    text = markdown(shown)
+    (output / "students.md").write_text(text + "\n")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path)
@@ -130,7 +143,7 @@ def main() -> None:
         write_texts(table["recipe"], arguments.overrides, arguments.output / "written")
     torch.cuda.empty_cache()
 
-    def finish(name: str) -> None:
+    def finish(name: str) -> bool:
         folder = arguments.output / name
         failed = run(table["rows"][name] or {}, table, arguments.overrides, folder, teacher)
         if failed:
@@ -138,23 +151,12 @@ def main() -> None:
         else:
             write_table(names, table, arguments.output)
             print(f"{name}: done", flush=True)
+        return failed is None
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(finish, todo))
+        succeeded = list(pool.map(finish, todo))
     print(write_table(names, table, arguments.output))
-
-
-def write_table(names: list[str], table: dict, output: Path) -> str:
-    """OUT/students.md, of the rows that are there."""
-    shown: dict[str, dict[str, str]] = {}
-    for name in names:
-        if (output / name / "seconds.json").is_file():
-            columns, shown["teacher"] = figures(output / name, table)
-            seconds = json.loads((output / name / "seconds.json").read_text())["distil"]
-            shown[name] = columns | {"seconds to distil": f"{seconds:.0f}"}
-    text = markdown(shown)
-    (output / "students.md").write_text(text + "\n")
-    return text
+    sys.exit(not all(succeeded))
 
 
 if __name__ == "__main__":
