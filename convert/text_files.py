@@ -33,7 +33,7 @@ def check_file(file: str | Path, named: str, words: Sequence[str] = ()) -> None:
         return
     if os.path.isdir(file):
         raise UserError(f"{named} is a folder; name the files in it")
-    if _suffix(file) is None:
+    if suffix_of(file) is None:
         allowed = ", ".join((*SUFFIXES, "each also .gz", *words))
         raise UserError(f"{named}: not a text this can read; allowed: {allowed}")
     if not os.path.exists(file) and os.path.islink(file):
@@ -60,7 +60,7 @@ def read_file(file: str | Path, separator: str | None = None) -> Iterator[tuple[
     A text file is one record, or with `separator` the parts between; CRLF in it is a newline. A JSON file is a list of
     records, or one. Raises UserError with the place for what cannot be read, is not UTF-8 or not JSON.
     """
-    suffix = _suffix(file)
+    suffix = suffix_of(file)
     if suffix == ".parquet":
         yield from _parquet_records(file)
     elif suffix == ".jsonl":
@@ -87,7 +87,8 @@ def read_json_lines(file: str | Path) -> Iterator[tuple[str, object]]:
             yield f"{file}:{line}", _json(text, file, line)
 
 
-def _suffix(file: str | Path) -> str | None:
+def suffix_of(file: str | Path) -> str | None:
+    """Which of SUFFIXES says how the file is read; None for a kind that is not."""
     name = str(file).lower().removesuffix(".gz")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
@@ -131,7 +132,9 @@ def _parquet_records(file: str | Path) -> Iterator[tuple[str, object]]:
     row = 0
     try:
         with _open(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
-            for batch in table.iter_batches():
+            # Dates are never text, and some that a file may hold are none in Python.
+            columns = [field.name for field in table.schema_arrow if not pyarrow.types.is_temporal(field.type)]
+            for batch in table.iter_batches(columns=columns):
                 for record in batch.to_pylist():
                     yield f"{file}[{row}]", record
                     row += 1

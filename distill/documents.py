@@ -5,6 +5,7 @@ Files are read in the order of the recipe, globs sorted. Twin: tests/distill/tes
 
 import glob
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ def find_files(source: Source) -> list[Path]:
     """The local files of a source. Raises UserError for a path or glob without one, and for a kind of file unknown."""
     files: list[Path] = []
     for pattern in source.path or ():
-        path = Path(pattern).expanduser()
+        path = Path(os.path.expanduser(pattern))
         found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not found:
             siblings = [item.name for item in path.parent.glob("*")] if path.parent.is_dir() else []

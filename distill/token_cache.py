@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.text_files import suffix_of
 from deltanet_errors import DeltanetError, UserError
 
 from .chat import encode_chat
@@ -112,7 +113,7 @@ def tokenise(
     stop_ids = {*stop_ids, *({tokenizer.eos_token_id} - {None})}
     files, source = find_files(source), pin_revision(source)
     made_by = source.model_dump(mode="json", exclude={"name", "weight", "path"})
-    contents = [file_digest(file) for file in (*files, *_task_files(source))]
+    contents = [_content(file, source) for file in (*files, *_task_files(source))]
     rule = {"text": None, "task": TASK_FORMAT}.get(source.kind, [train_on, sorted(stop_ids)])
     digest = _digest([FORMAT, made_by, contents, tokenizer_digest(tokenizer), rule])
     folder = cache / digest[:32]
@@ -137,6 +138,14 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _content(file: Path, source: Source) -> tuple[str | None, str]:
+    """What decides the documents of a file: how it is read, and its bytes."""
+    try:
+        return suffix_of(file), file_digest(file)
+    except OSError as error:
+        raise UserError(f"source {source.name}: {file}: cannot be read: {error.strerror}") from None
 
 
 def file_digest(file: Path) -> str:

@@ -58,6 +58,16 @@ def test_rows_of_every_kind_are_read(tmp_path, row, expected, suffix):
     assert read_documents(path) == [expected, expected]
 
 
+def test_dates_beyond_python_beside_a_text_do_no_harm(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    dates = {
+        "day": pyarrow.array([10**7], pyarrow.date32()),
+        "at": pyarrow.array([1], pyarrow.timestamp("us", "No/Zone")),
+    }
+    parquet.write_table(pyarrow.table({"text": ["a story"], **dates}), tmp_path / "a.parquet")
+    assert read_documents(tmp_path / "a.parquet") == ["a story"]
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".parquet.gz"])
 def test_parquet_is_read_with_the_nulls_that_it_puts_for_absent_keys(tmp_path, suffix):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

@@ -113,6 +113,22 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
     assert [*(tmp_path / "cache").iterdir()] == [folder]
 
 
+def test_the_same_bytes_read_as_another_kind_of_file_are_other_tokens(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "aa"}\n{"text": "b"}\n')
+    (tmp_path / "a.txt").write_text((tmp_path / "a.jsonl").read_text())
+    lines, text = (
+        tokenise(Source(name="s", path=[str(tmp_path / name)]), TOKENIZER, tmp_path / "cache", vocab_size=VOCABULARY)
+        for name in ("a.jsonl", "a.txt")
+    )
+    assert (lines.facts.documents, text.facts.documents) == (2, 1)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.txt").symlink_to("/proc/self/mem")  # reading it from its start is an I/O error
+    with pytest.raises(UserError, match=r"source s: .*a\.txt: cannot be read: Input/output error"):
+        tokenise(Source(name="s", path=[str(tmp_path / "a.txt")]), TOKENIZER, tmp_path / "cache", vocab_size=VOCABULARY)
+
+
 def test_of_two_at_once_one_makes_the_tokens_and_the_other_waits_for_them(tmp_path):
     def second():
         made.append(text_source(tmp_path, stories(3), advance=lambda tokens: encoded.append(tokens)))

@@ -147,3 +147,8 @@ def test_missing_files_folders_and_unknown_suffixes_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("")
     with pytest.raises(UserError, match=r"source s: .*a.csv: not a text this can read; allowed: \.txt"):
         read(tmp_path / "a.csv")
+
+
+def test_the_home_of_nobody_is_no_such_file():
+    with pytest.raises(UserError, match=r"source s: ~nobody-at-all/x\.txt: no such file"):
+        find_files(Source(name="s", path=["~nobody-at-all/x.txt"]))
