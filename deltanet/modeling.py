@@ -229,16 +229,15 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             cache.seen_tokens = _seen_tokens(cache) + tokens
 
         masks = attention_mask
-        packs = self.config._attn_implementation == "sdpa" and not self.config.attention_dropout
-        if cu_seqlens is not None and packs:
+        if cu_seqlens is not None and self.config._attn_implementation == "sdpa" and not self.config.attention_dropout:
             # No mask, which would be as large as the square of the row. The bound is a power of two, so that compiled
             # code sees few different ones.
             longest = int(cu_seqlens.diff().max()) if longest is None else longest
             masks, longest = dict.fromkeys(self.config.layer_types), 1 << longest.bit_length()
         else:
             longest = None
-        if longest is None and not isinstance(masks, dict):
-            masks = self._masks(inputs_embeds, attention_mask, position_ids, cache)
+            if not isinstance(masks, dict):
+                masks = self._masks(inputs_embeds, attention_mask, position_ids, cache)
         hidden_states = inputs_embeds
         rotations = self.rotary_emb(hidden_states, position_ids=position_ids)
         for index, block in enumerate(self.layers):

@@ -62,9 +62,13 @@ GATED = {("write", 128): Config(64, 2, 3), ("key", 128): Config(32, 2, 2)}
 TABLES = {"forward": FORWARD, "map": MAP, "write": WRITE, "key": KEY, "query": QUERY}
 
 
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def padded(size: int) -> int:
     """The tile that holds a head of this size: the next power of two, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, next_power_of_two(size))
 
 
 def choose(kernel: str, whole: int, tiled: int, is_gated: bool) -> Config:

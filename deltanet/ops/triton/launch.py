@@ -12,19 +12,15 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward import key_kernel, query_kernel, write_kernel
-from .configs import ANCHOR, CHUNK, SCAN, choose, group_block, padded, segments
+from .configs import ANCHOR, CHUNK, SCAN, choose, group_block, next_power_of_two, padded, segments
 from .decode import step_kernel
 from .forward import forward_kernel
 from .gate import decay_kernel, gate_kernel, largest_kernel, unit_gradient_kernel
 from .segments import map_kernel, scan_kernel
 
 
-def ceil_div(a: int, b: int) -> int:  # triton's own, which kernels may call too, costs the host 3 microseconds
+def ceil_div(a: int, b: int) -> int:  # triton's own is wrapped for kernels, which the host pays at every call
     return -(-a // b)
-
-
-def next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 @cache
