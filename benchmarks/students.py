@@ -49,7 +49,7 @@ def write_texts(recipe: str, overrides: list[str], folder: Path) -> None:
     with open_source(read.teacher.model, read.teacher.revision) as found:
         teacher, tokenizer = load_teacher(found.folder, dtype).to(device), load_tokenizer(found.folder)
     for source in sources:
-        written_source(source, teacher, tokenizer, folder, read.data.seed)
+        written_source(source, teacher, tokenizer, folder, read.data.seed, read.data.seq_len)
 
 
 def run(row: dict, table: dict, overrides: list[str], folder: Path, teacher: str) -> str | None:

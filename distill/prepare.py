@@ -93,7 +93,7 @@ def prepare(
     def read(source: Source) -> Tokens:
         if source.from_teacher is not None:
             if write is None:
-                return planned(source)
+                return planned(source, recipe.data.seq_len)
             source = written[source.name]
         options = {"vocab_size": vocab_size, "train_on": recipe.data.train_on, "stop_ids": stop_ids}
         return tokenise(source, tokenizer, cache, **options, advance=functools.partial(advance, source))

@@ -161,9 +161,9 @@ class _Run:
 
     def _write_text(self, source: Source) -> Source:
         _say(f"the teacher writes {source.from_teacher:,} tokens or more, kept in {self.folder / 'written'}")
-        seed = self.recipe.data.seed
+        seed, seq_len = self.recipe.data.seed, self.recipe.data.seq_len
         watch = functools.partial(self._watch, source)
-        return written_source(source, self.teacher, self.tokenizer, self.folder / "written", seed, watch)
+        return written_source(source, self.teacher, self.tokenizer, self.folder / "written", seed, seq_len, watch)
 
     def _watch(self, source: Source, tokens: int) -> None:
         """Says how far long preparations are."""

@@ -1,8 +1,8 @@
 """Training text that the teacher writes itself, for a model that has to be converted without any data.
 
 Rows are sampled at temperature 1 (what the teacher's own distribution asks for), cut into documents where the teacher
-ends one, and kept unless they repeat themselves; chats are in teacher_chats.py. They stand in JSON lines, one portion
-a file, so that people can read them and a killed run goes on with the next portion.
+begins another, and kept unless they repeat themselves; chats are in teacher_chats.py. They stand in JSON lines, one
+portion a file, so that people can read them and a killed run goes on with the next portion.
 Twin: tests/distill/test_teacher_text.py.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.text import write_text
+from convert.text import document_start, render_chat, write_text
 from deltanet_errors import DeltanetError
 
 from .order import hashed
@@ -22,7 +22,11 @@ from .schema import USUAL_NAME, Source
 from .teacher_chats import write_chats
 from .token_cache import Facts, Tokens
 
-ROWS, LENGTH = {"cpu": 128, "cuda": 1024}, 256  # of a portion; a GPU takes as long for many rows as for few
+SHORT, LONG = 256, 1024
+"""Tokens of a row: as many as a sequence of the run, within these bounds. A student of short texts does not learn how
+its teacher uses a long one (docs/results/students.md)."""
+PORTION = 32768  # tokens that a CPU writes before it stores them
+ROWS, ROOM = 1024, 16 * 2**30  # on a GPU, which takes as long for many rows as for few: at most, and bytes of its cache
 SHORTEST = 32  # tokens of a document that is kept
 LEAST_NEW = 0.2  # compressed over plain bytes; stories and prose are at 0.4 to 0.6, a loop is below 0.1
 MOST_EMPTY = 5  # portions in a row that gave nothing
@@ -34,12 +38,13 @@ def written_source(
     tokenizer,
     folder: Path,
     seed: int,
+    seq_len: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Source:
     """The source with `path` naming the files the teacher has written: at least `from_teacher` tokens in all.
 
-    The same seed, name, teacher and kind of device write the same text, other names other text. `advance` is told the
-    tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself.
+    The same seed, name, seq_len, teacher and kind of device write the same text, other names other text. `advance` is
+    told the tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []
@@ -49,48 +54,70 @@ def written_source(
         file = folder / f"{source.name}-{len(files):04}.jsonl"
         if not file.is_file():
             key = int(hashed(seed, *own, len(files))[0]) >> 1
-            _store(file, _portion(source, teacher, tokenizer, key))
+            _store(file, _portion(source, teacher, tokenizer, key, seq_len))
         files.append(str(file))
         found = _num_tokens(file)
         tokens, empty = tokens + found, 0 if found else empty + 1
         if empty == MOST_EMPTY:
             what = "repeats itself in {} rows" if source.kind == "text" else "ends none of {} chats"
             raise DeltanetError(
-                f"source {source.name}: the teacher {what.format(_rows(teacher) * empty)}; give a {source.kind} instead"
+                f"source {source.name}: the teacher {what.format(_shape(teacher, source, seq_len)[0] * empty)}; give a "
+                f"{source.kind} instead"
             )
         advance(tokens)
     return source.model_copy(update={"path": tuple(files), "from_teacher": None})
 
 
-def planned(source: Source) -> Tokens:
+def planned(source: Source, seq_len: int) -> Tokens:
     """A stand-in of the size the source will have, for a plan without writing; of a chat all tokens are targets."""
     count = source.from_teacher
-    bounds = np.append(np.arange(0, count, LENGTH), count)
+    bounds = np.append(np.arange(0, count, _length(seq_len)), count)
     facts = Facts(len(bounds) - 1, count, count, 0)
     marks = None if source.kind == "text" else np.ones(count, np.uint8)
     return Tokens(source.name, source.kind, "not written yet", np.zeros(count, np.uint16), bounds, marks, facts)
 
 
-def _portion(source: Source, teacher, tokenizer, key: int) -> list[dict]:
+def _length(seq_len: int) -> int:
+    return min(max(seq_len, SHORT), LONG)
+
+
+def _shape(teacher, source: Source, seq_len: int) -> tuple[int, int]:
+    """(rows, tokens of each) of a portion."""
+    length = min(SHORT if source.kind == "chat" else _length(seq_len), teacher.config.max_position_embeddings)
+    if teacher.device.type != "cuda":
+        return max(PORTION // length, 1), length
+    config = teacher.config
+    pair = 2 * config.num_key_value_heads * config.head_dim * teacher.dtype.itemsize
+    return max(min(ROWS, ROOM // (config.num_hidden_layers * pair * length)), 1), length
+
+
+def _portion(source: Source, teacher, tokenizer, key: int, seq_len: int) -> list[dict]:
+    count, length = _shape(teacher, source, seq_len)
     if source.kind == "chat":
         ends = teacher.config.eos_token_id
         stop_ids = {*([ends] if isinstance(ends, int) else ends or []), tokenizer.eos_token_id} - {None}
-        return write_chats(teacher, tokenizer, _rows(teacher), key, stop_ids=stop_ids, is_dull=repeats)
-    length, count = min(LENGTH, teacher.config.max_position_embeddings), _rows(teacher)
+        return write_chats(teacher, tokenizer, count, key, stop_ids=stop_ids, is_dull=repeats)
     rows = write_text(teacher, tokenizer, count, length, key, batch=count).numpy()
-    return [document for row in rows for document in _documents(row, tokenizer)]
+    marks = _document_marks(tokenizer)
+    return [document for row in rows for document in _documents(row, tokenizer, marks)]
 
 
-def _rows(teacher) -> int:
-    return ROWS.get(teacher.device.type, 128)
+def _document_marks(tokenizer) -> list[int]:
+    """The tokens that part documents: the one they begin with, and the end-of-text token, unless that ends the turns
+    of a chat, whose next turn belongs to the same text."""
+    marks = {document_start(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+        inside = tokenizer(render_chat(tokenizer, turns), add_special_tokens=False)["input_ids"][1:]
+        marks -= set(inside)
+    return sorted(marks)
 
 
-def _documents(row: np.ndarray, tokenizer) -> list[dict]:
-    """The documents of a row that are worth keeping; the row's start token and the ends between them are not text."""
-    ends = np.flatnonzero(row == tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else []
+def _documents(row: np.ndarray, tokenizer, marks: list[int]) -> list[dict]:
+    """The documents of a row that are worth keeping, without the marks between them."""
     kept = []
-    for ids in np.split(row, ends):
-        ids = ids[1:] if len(ids) and ids[0] in (tokenizer.eos_token_id, tokenizer.bos_token_id) else ids
+    for ids in np.split(row, np.flatnonzero(np.isin(row, marks))):
+        ids = ids[1:] if len(ids) and ids[0] in marks else ids
         text = tokenizer.decode(ids.tolist())
         if len(ids) >= SHORTEST and not repeats(text):
             kept.append({"text": text, "tokens": len(ids)})

@@ -42,7 +42,7 @@ def teacher():
 
 @pytest.fixture(autouse=True)
 def small_portions(monkeypatch):
-    monkeypatch.setitem(teacher_text.ROWS, "cpu", 8)
+    monkeypatch.setattr(teacher_text, "PORTION", 8 * teacher_text.SHORT)
 
 
 def test_the_same_key_writes_the_same_chats_each_a_question_and_an_answer(teacher):
@@ -67,8 +67,8 @@ def test_a_dull_turn_drops_its_chat_and_so_does_one_without_an_end(teacher):
 
 
 def test_a_source_of_chats_is_written_once_and_becomes_supervised_answers(teacher, tmp_path):
-    source = written_source(SOURCE, teacher, TOKENIZER, tmp_path / "written", 0)
-    assert written_source(SOURCE, teacher, TOKENIZER, tmp_path / "written", 0) == source
+    source = written_source(SOURCE, teacher, TOKENIZER, tmp_path / "written", 0, 128)
+    assert written_source(SOURCE, teacher, TOKENIZER, tmp_path / "written", 0, 128) == source
     rows = [json.loads(line) for name in source.path for line in Path(name).read_text("utf-8").splitlines()]
     assert sum(row["tokens"] for row in rows) >= 400
     tokens = tokenise(source, TOKENIZER, tmp_path / "cache", vocab_size=259)
@@ -81,14 +81,14 @@ def test_a_source_of_chats_is_written_once_and_becomes_supervised_answers(teache
 
 def test_a_teacher_that_cannot_chat_is_named(teacher, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has no chat template, so it writes no chats"):
-        written_source(SOURCE, teacher, make_tokenizer(None), tmp_path, 0)
+        written_source(SOURCE, teacher, make_tokenizer(None), tmp_path, 0, 128)
     monkeypatch.setattr(teacher_text, "repeats", lambda text: True)
     with pytest.raises(DeltanetError, match="source own: the teacher ends none of 40 chats; give a chat instead"):
-        written_source(SOURCE, teacher, TOKENIZER, tmp_path, 0)
+        written_source(SOURCE, teacher, TOKENIZER, tmp_path, 0, 128)
 
 
 def test_a_plan_of_chats_packs_without_the_writing():
-    corpus = Corpus([whole(planned(SOURCE))], seq_len=128)
+    corpus = Corpus([whole(planned(SOURCE, 128))], seq_len=128)
     assert corpus.reports[0].tokens == 400
 
 

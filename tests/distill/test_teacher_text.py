@@ -1,7 +1,9 @@
 """Text that the teacher writes: seeded, resumable, free of loops, and of the size asked for."""
 
+import copy
 import json
 
+import numpy as np
 import pytest
 import small_run
 import torch
@@ -20,12 +22,12 @@ SOURCE = Source(name="teacher", from_teacher=300)
 
 @pytest.fixture(autouse=True)
 def small_portions(monkeypatch):
-    monkeypatch.setitem(teacher_text.ROWS, "cpu", 4)
-    monkeypatch.setattr(teacher_text, "LENGTH", 64)
+    monkeypatch.setattr(teacher_text, "PORTION", 256)
+    monkeypatch.setattr(teacher_text, "SHORT", 64)
 
 
 def write(folder, seed=0, name="teacher"):
-    source = written_source(SOURCE.model_copy(update={"name": name}), TEACHER, TOKENIZER, folder, seed)
+    source = written_source(SOURCE.model_copy(update={"name": name}), TEACHER, TOKENIZER, folder, seed, 64)
     return source, [json.loads(line) for name in source.path for line in open(name, encoding="utf-8")]
 
 
@@ -55,7 +57,33 @@ def test_a_killed_writing_goes_on_with_the_next_portion(tmp_path, monkeypatch):
 def test_a_line_separator_that_the_teacher_writes_does_not_end_a_row(tmp_path, monkeypatch):
     rows = [{"text": "one\u2028two\x85three", "tokens": 700}]
     monkeypatch.setattr(teacher_text, "_portion", lambda *arguments: rows)
-    assert len(teacher_text.written_source(Source(name="teacher", from_teacher=700), None, None, tmp_path, 0).path) == 1
+    assert (
+        len(teacher_text.written_source(Source(name="teacher", from_teacher=700), None, None, tmp_path, 0, 64).path)
+        == 1
+    )
+
+
+def test_a_row_is_as_long_as_a_sequence_within_bounds():
+    assert [teacher_text._length(seq_len) for seq_len in (2, 300, 8192)] == [64, 300, 1024]
+    source = Source(name="teacher", from_teacher=1)
+    assert [teacher_text._shape(TEACHER, source, seq_len) for seq_len in (64, 256)] == [(4, 64), (1, 256)]
+
+
+def test_a_turn_that_ends_parts_no_document():
+    """Where a chat's turns end with the end-of-text token, a row was cut into turns of 40 tokens."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    start, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "!"])
+    words = tokenizer(" a cat sat on the mat" * 10, add_special_tokens=False)["input_ids"][:40]
+    row = np.array([start, *words, end, *words, start, *words])
+    tokenizer.eos_token = "!"
+    lengths = {}
+    for template in (None, "{{ bos_token }}{% for m in messages %}{{ m.content }}!{% endfor %}"):
+        tokenizer.chat_template = template
+        marks = teacher_text._document_marks(tokenizer)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(teacher_text, "repeats", lambda text: False)
+            lengths[template] = [d["tokens"] for d in teacher_text._documents(row, tokenizer, marks)]
+    assert list(lengths.values()) == [[40, 40, 40], [81, 40]]
 
 
 def test_loops_are_told_from_prose():
@@ -70,5 +98,5 @@ def test_a_teacher_that_only_loops_is_named(tmp_path, monkeypatch):
 
 
 def test_a_plan_has_the_size_without_the_writing():
-    tokens = planned(Source(name="teacher", from_teacher=1000))
+    tokens = planned(Source(name="teacher", from_teacher=1000), 256)
     assert len(tokens.ids) == tokens.bounds[-1] == tokens.facts.tokens == 1000
