@@ -4,8 +4,10 @@
 
 TABLE.yaml (benchmarks/tables/) names a recipe, the texts and tasks to measure on, and for every row the keys of the
 recipe that it changes; KEY.PATH=VALUE changes the recipe of every row first (teacher.model=FOLDER). What the teacher
-writes and the tokens are made once, in OUT/written and OUT/tokens, for all rows. A row that is in OUT already is not
-run again; one that fails is told, the others go on. Results: OUT/ROW/eval/TEXT, OUT/students.md.
+writes and the tokens are made once, in OUT/written and OUT/tokens, for all rows, and so is what it gets in the tasks,
+in OUT/teacher. A row that is in OUT already is not run again; one that fails is told, the others go on. Results:
+OUT/ROW/eval/TEXT, OUT/ROW/tasks, OUT/students.md; and OUT/curves.md where the table has `curve`: the numbers of tokens
+after which it tells how held-out text was measured (evaluation.every_steps of the recipe).
 
 Small models leave a GPU waiting for their process, so several rows at once (--jobs) take less time in all, and less
 again where `nvidia-cuda-mps-control -d` was started before (docs/results/students.md).
@@ -13,6 +15,7 @@ again where `nvidia-cuda-mps-control -d` was started before (docs/results/studen
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -25,11 +28,15 @@ import yaml
 from convert.command import load_tokenizer
 from convert.loading import load_teacher
 from convert.sources import open_source
+from distill.metrics import read_metrics
 from distill.recipe import load_recipe
 from distill.teacher_text import written_source
 
 SHARED = ("written", "tokens")
 """Folders of a run that depend on the teacher and the data alone."""
+TEACHER = "teacher"
+NEAR = 0.05
+"""How far, relatively, a point of a curve may be from the number of tokens it stands for: steps are whole."""
 
 
 def call(main: str, arguments: list[str], log: Path) -> bool:
@@ -52,6 +59,14 @@ def write_texts(recipe: str, overrides: list[str], folder: Path) -> None:
         written_source(source, teacher, tokenizer, folder, read.data.seed, read.data.seq_len)
 
 
+def measure_tasks(model: str, table: dict, folder: Path) -> bool:
+    """Runs the table's tasks on one model, into folder/tasks."""
+    (folder / "tasks").mkdir(parents=True, exist_ok=True)
+    arguments = [model, "--text", "none", "--contexts", "none", "--tasks", *table["tasks"]]
+    arguments += ["-o", str(folder / "tasks"), *table.get("options", [])]
+    return call("eval_main", arguments, folder / "eval.log")
+
+
 def run(row: dict, table: dict, overrides: list[str], folder: Path, teacher: str) -> str | None:
     """Distils one row into `folder` and measures it; returns what failed, if anything did."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
@@ -66,13 +81,16 @@ def run(row: dict, table: dict, overrides: list[str], folder: Path, teacher: str
         if not call("distill_main", arguments, folder / "distill.log"):
             return "distillation"
     seconds = time.monotonic() - began
-    for index, (text, file) in enumerate(table["texts"].items()):
-        arguments = [str(folder / "run" / "export"), "--against", teacher, "--text", file, "--contexts", "none"]
-        arguments += ["--tasks", *(table["tasks"] if index == 0 else ["none"]), "-o", str(folder / "eval" / text)]
-        if not call("eval_main", arguments + table.get("options", []), folder / "eval.log"):
+    student = str(folder / "run" / "export")
+    for text, file in table["texts"].items():
+        arguments = [student, "--against", teacher, "--text", file, "--contexts", "none", "--tasks", "none"]
+        arguments += ["-o", str(folder / "eval" / text), *table.get("options", [])]
+        if not call("eval_main", arguments, folder / "eval.log"):
             return "evaluation"
+    if "tasks" in table and not measure_tasks(student, table, folder):
+        return "evaluation"
     if "questions" in table:
-        arguments = [str(folder / "run" / "export"), teacher, "--questions", table["questions"]]
+        arguments = [student, teacher, "--questions", table["questions"]]
         command = [sys.executable, "-m", "benchmarks.chats", *arguments, "--out", str(folder / "chats.json")]
         with (folder / "eval.log").open("a") as log:
             if subprocess.run(command, stdout=log, stderr=log).returncode:
@@ -93,15 +111,38 @@ def figures(folder: Path, table: dict) -> tuple[dict[str, str], dict[str, str]]:
         for probe in ("repeat", "needle") if "recall" in report else ():
             for who, columns in (("student", student), ("teacher", teacher)):
                 columns[f"{text} {probe}"] = f"{report['recall'][probe][who]:.3f}"
-        for name, task in report.get("tasks", {}).items():
-            for columns, found in ((student, task), (teacher, task["teacher"])):
-                columns[name] = f"{found['accuracy']:.3f} ± {found['stderr']:.3f}"
-                for level, figure in found.get("by_level", {}).items():
-                    columns[f"{name} {level}"] = f"{figure['accuracy']:.3f}"
+    for who, columns in ((folder, student), (folder.parent / TEACHER, teacher)):
+        report = who / "tasks" / "evaluation.json"
+        for name, task in json.loads(report.read_text())["tasks"].items() if report.is_file() else ():
+            columns[name] = f"{task['accuracy']:.3f} ± {task['stderr']:.3f}"
+            for level, figure in task.get("by_level", {}).items():
+                columns[f"{name} {level}"] = f"{figure['accuracy']:.3f}"
     if "questions" in table:
         chats = json.loads((folder / "chats.json").read_text())
         student["same words in answers"] = f"{chats['agreement']:.3f} ± {chats['agreement_stderr']:.3f}"
     return student, teacher
+
+
+def curve(run: Path) -> list[tuple[int, float, float]]:
+    """(tokens trained on, perplexity over the teacher's, KL) of the run's held-out text, every time it was measured."""
+    teacher, first, *_, last = json.loads((run / "report.json").read_text())["results"]
+    points, tokens = [(0, first["perplexity"], first["kl"])], 0
+    for record in read_metrics(run / "metrics.jsonl"):
+        tokens += record["tokens"]
+        if "held_out_forward_kl" in record:
+            points.append((tokens, math.exp(record["held_out_ce"]), record["held_out_forward_kl"]))
+    points.append((tokens, last["perplexity"], last["kl"]))
+    return [(tokens, perplexity / teacher["perplexity"], kl) for tokens, perplexity, kl in points]
+
+
+def curve_columns(points: list[tuple[int, float, float]], wanted: list[int]) -> dict[str, str]:
+    """The point nearest to each number of tokens wanted; nothing where none is NEAR."""
+    columns = {}
+    for tokens in (0, *wanted):
+        found, ratio, kl = min(points, key=lambda point: abs(point[0] - tokens))
+        is_near = abs(found - tokens) <= NEAR * tokens
+        columns[f"{tokens:,} tokens"] = f"{ratio:.4f}x, KL {kl:.4f}" if is_near else ""
+    return columns
 
 
 def markdown(rows: dict[str, dict[str, str]]) -> str:
@@ -112,16 +153,20 @@ def markdown(rows: dict[str, dict[str, str]]) -> str:
 
 
 def write_table(names: list[str], table: dict, output: Path) -> str:
-    """OUT/students.md, of the rows that are there."""
+    """OUT/students.md, of the rows that are there, and with `curve` OUT/curves.md; returns both."""
     shown: dict[str, dict[str, str]] = {}
+    curves: dict[str, dict[str, str]] = {}
     for name in names:
         if (output / name / "seconds.json").is_file():
-            columns, shown["teacher"] = figures(output / name, table)
+            columns, shown[TEACHER] = figures(output / name, table)
             seconds = json.loads((output / name / "seconds.json").read_text())["distil"]
             shown[name] = columns | {"seconds to distil": f"{seconds:.0f}"}
-    text = markdown(shown)
-    (output / "students.md").write_text(text + "\n")
-    return text
+            if "curve" in table:
+                curves[name] = curve_columns(curve(output / name / "run"), table["curve"])
+    texts = {"students.md": markdown(shown)} | ({"curves.md": markdown(curves)} if curves else {})
+    for file, text in texts.items():
+        (output / file).write_text(text + "\n")
+    return "\n\n".join(texts.values())
 
 
 def main() -> None:
@@ -142,10 +187,15 @@ def main() -> None:
     if todo:
         write_texts(table["recipe"], arguments.overrides, arguments.output / "written")
     torch.cuda.empty_cache()
+    if "tasks" in table and not (arguments.output / TEACHER / "tasks" / "evaluation.json").is_file():
+        todo.insert(0, TEACHER)
 
     def finish(name: str) -> bool:
         folder = arguments.output / name
-        failed = run(table["rows"][name] or {}, table, arguments.overrides, folder, teacher)
+        if name == TEACHER:
+            failed = None if measure_tasks(teacher, table, folder) else "evaluation"
+        else:
+            failed = run(table["rows"][name] or {}, table, arguments.overrides, folder, teacher)
         if failed:
             print(f"{name}: the {failed} failed; its log is in {folder}", file=sys.stderr, flush=True)
         else:
