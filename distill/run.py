@@ -292,7 +292,7 @@ class _Run:
         def measure() -> dict[str, float]:
             module.eval()
             count = Whole.count if stage.kind == "dpo" else module.count
-            return mean_parts(engine.forward, count, self.held_out, self.world)
+            return mean_parts(engine.forward, count, self.held_out, self.world, plan.micro_batch_size)
 
         job = Job(
             index=plan.index,
@@ -361,8 +361,12 @@ class _Run:
         return frozen_student(folder, dtype, self.world, in_parts=self.in_parts)
 
     def _figures(self, model: DeltaNetForCausalLM, teacher: DeltaNetForCausalLM | None) -> dict[str, float]:
-        bfloat16 = self.settings.precision == "bf16"
-        return compare(model, teacher, self.held_out, self.world, bfloat16=bfloat16, vocab_size=self.vocab_size)
+        options = {
+            "micro_batch_size": self.recipe.training.micro_batch_size,
+            "bfloat16": self.settings.precision == "bf16",
+            "vocab_size": self.vocab_size,
+        }
+        return compare(model, teacher, self.held_out, self.world, **options)
 
     def _measure_folder(self, name: str, folder: Path) -> dict:
         model = frozen_student(folder, torch.float32, self.world, in_parts=self.in_parts)

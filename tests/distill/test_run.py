@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import small_run
 import torch
@@ -13,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import deltanet
 from deltanet_errors import DeltanetError, UserError
 from distill import run as run_module
+from distill.batch import num_targets
 from distill.commit import Damaged, locked
 from distill.dry_run import describe
+from distill.evaluate import mean_parts
+from distill.packing import IGNORED, assemble
 from distill.recipe import load_recipe
 from distill.run import distil
 
@@ -266,3 +271,21 @@ def test_bfloat16_learns_what_float32_learns(made, tmp_path, zero):
         assert mine["kl"] == pytest.approx(exact["kl"], rel=0.01)  # measured: 0.001
     start, end = (load_file(tmp_path / "run" / part / "model.safetensors") for part in ("student", "export"))
     assert all(end[name].dtype == start[name].dtype == torch.float32 for name in start)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_every_held_out_sequence_is_measured_once(ranks, micro_batch_size):
+    sequences = [assemble([np.arange(size)], 16) for size in (3, 16, 7, 11, 2)]
+    passes, found = [], 0.0
+
+    def forward(batch, count, measure):
+        passes[-1] += 1
+        return 0.0, {"ce": (batch.targets != IGNORED).sum()}
+
+    for rank in range(ranks):
+        passes.append(0)
+        world = SimpleNamespace(size=ranks, rank=rank, device=torch.device("cpu"), sum=lambda values: values)
+        found += mean_parts(forward, num_targets, sequences, world, micro_batch_size)["ce"]
+    assert found == pytest.approx(1.0)
+    assert set(passes) == {-(-len(sequences) // (ranks * micro_batch_size))}
