@@ -24,6 +24,7 @@ LINEAR = "linear_attention"
 LOGIT_TOKENS = 256
 """Logits exist for so many tokens at a time; a whole window of a large vocabulary would be most of the memory."""
 MARGIN = 8
+DISTANCES = (64, 128, 256, 512, 1024)
 """A repeated passage counts from its ninth token on: before that even a perfect memory cannot know it is one."""
 VARIANTS = {
     "plain_copy": "plain copy",
@@ -217,20 +218,42 @@ def recall(teacher, student, held_out: torch.Tensor, *, tokens: int = 2048, seed
     models = {who: model for who, model in (("teacher", teacher), ("student", student)) if model is not None}
     length = held_out.shape[1]
     passage = max(min(128, length // 2 - MARGIN), MARGIN + 1)
-    count = max(tokens // (2 * passage), 1)
-    starts = [(row, at) for at in range(0, length - passage + 1, passage) for row in range(len(held_out))][:count]
-    first = torch.stack([held_out[row, at : at + passage] for row, at in starts])
-    repeated = torch.cat([first, first], 1)
+    first = _passages(held_out, passage, tokens)
     generator = torch.Generator().manual_seed(seed)
     needle = torch.randint(student.config.vocab_size, (len(first), 8), generator=generator).to(held_out.device)
     hay = torch.cat([first[:, :MARGIN], needle, first[:, MARGIN:], needle], 1)
-    result = {"distance": passage}
-    for name, ids, counted in (
-        ("repeat", repeated, slice(passage + MARGIN, 2 * passage)),
-        ("needle", hay, slice(hay.shape[1] - 4, hay.shape[1])),
-    ):
-        result[name] = {who: _accuracy(model, ids, counted) for who, model in models.items()}
-    return result
+    asked = slice(hay.shape[1] - 4, hay.shape[1])
+    return {
+        "distance": passage,
+        "repeat": {who: _repeated(model, first) for who, model in models.items()},
+        "needle": {who: _accuracy(model, hay, asked) for who, model in models.items()},
+    }
+
+
+@torch.no_grad()
+def recall_by_distance(teacher, student, held_out: torch.Tensor, *, most: int, tokens: int) -> list[dict]:
+    """The probe `repeat` of `recall` with passages of 64, 128 ... tokens, up to a window of held_out and to half of
+    `most`, what the models can see; on about `tokens` tokens each. [] where not even 64 fit."""
+    models = {who: model for who, model in (("teacher", teacher), ("student", student)) if model is not None}
+    longest = min(held_out.shape[1], most // 2)
+    rows = []
+    for distance in (passage for passage in DISTANCES if passage <= longest):
+        first = _passages(held_out, distance, tokens)
+        rows.append({"distance": distance, **{who: _repeated(model, first) for who, model in models.items()}})
+    return rows
+
+
+def _passages(held_out: torch.Tensor, length: int, tokens: int) -> torch.Tensor:
+    """(passages, length) of held_out, as many as come to `tokens` tokens when each stands there twice."""
+    count = max(tokens // (2 * length), 1)
+    places = range(0, held_out.shape[1] - length + 1, length)
+    starts = [(row, at) for at in places for row in range(len(held_out))][:count]
+    return torch.stack([held_out[row, at : at + length] for row, at in starts])
+
+
+def _repeated(model, passages: torch.Tensor) -> float:
+    length = passages.shape[1]
+    return _accuracy(model, torch.cat([passages, passages], 1), slice(length + MARGIN, 2 * length))
 
 
 def _accuracy(model, ids: torch.Tensor, counted: slice) -> float:

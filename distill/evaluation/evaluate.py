@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import deltanet
-from convert.closeness import recall
+from convert.closeness import recall, recall_by_distance
 from convert.progress import progress
 from convert.text_files import check_file
 from deltanet import DeltaNetConfig
@@ -32,6 +32,7 @@ from .worth import DECODED, device_name, worth
 DEFAULT_CONTEXTS = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192, 32768)}
 SHORTEST_CONTEXT = 2 * DECODED
 RECALL_WINDOW = 32
+RECALL_TOKENS = {"cpu": 2048, "cuda": 16384}  # at each distance
 TASK_CONTEXT = 2048  # the longest example of a generated task, unless longer contexts are asked for
 CURVE_POINTS = 400
 
@@ -98,10 +99,10 @@ def measure(
 ) -> dict:
     """The report: student, teacher (names), device, dtype, seed, versions, layers; then what was asked for:
 
-    with windows (N, T) int64: tokens, window, perplexity, kl, top1_agreement, by_position, samples (`language.py`),
-    recall (`convert.closeness.recall`) and diagnostics (`diagnostics.py`); with tasks: tasks, by name of the result
-    (see `TaskResult`, and under `teacher` the same of the teacher), and skipped_tasks, with the reasons; with contexts:
-    speed and memory (`worth.py`).
+    with windows (N, T) int64: tokens, window, perplexity, kl, top1_agreement, by_position, by_seen, samples
+    (`language.py`), recall (`convert.closeness.recall`, and in it by_distance, of `recall_by_distance`) and diagnostics
+    (`diagnostics.py`); with tasks: tasks, by name of the result (see `TaskResult`, and under `teacher` the same of the
+    teacher), and skipped_tasks, with the reasons; with contexts: speed and memory (`worth.py`).
     """
     config = student.model.config
     report: dict = {
@@ -125,7 +126,14 @@ def measure(
         if windows.shape[1] >= RECALL_WINDOW:
             with _timed(report, "recall"):
                 other = None if teacher is None else teacher.model
-                report["recall"] = recall(other, student.model, windows.to(student.device), seed=seed)
+                held_out, amount = (
+                    windows.to(student.device),
+                    RECALL_TOKENS.get(student.device.type, RECALL_TOKENS["cpu"]),
+                )
+                report["recall"] = recall(other, student.model, held_out, seed=seed)
+                report["recall"]["by_distance"] = recall_by_distance(
+                    other, student.model, held_out, most=max_context, tokens=amount
+                )
         with _timed(report, "diagnostics"):
             report["diagnostics"] = diagnose(student, teacher, windows, seed=seed)
     if contexts:

@@ -1,4 +1,5 @@
-"""How well a model knows language, and how far it is from its teacher, by position in the text.
+"""How well a model knows language, and how far it is from its teacher, by position in the text and by what of the next
+token stood before.
 
     perplexity = exp(mean of -log q(next token))        kl = mean of KL(teacher || student), nats a token
     top1_agreement = share of positions where both expect the same token most
@@ -6,6 +7,7 @@
 Twin: tests/distill/evaluation/test_language.py.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -17,6 +19,9 @@ from .subject import Subject
 
 ROWS = 256  # positions whose float32 log-probabilities exist at once
 FIRST_EDGE = 16
+SEEN = ("new", "token", "pair")
+"""What stood before of a next token: nothing, the token itself, or the token right behind the one that it follows now.
+A pair is what a memory of what came after what can give, the associative recall hits of arXiv 2312.04927."""
 
 
 @torch.no_grad()
@@ -28,14 +33,18 @@ def language(
     advance: Callable[[float], None] = lambda amount: None,
 ) -> dict:
     """windows (N, T) int64 -> tokens, window, perplexity (`student`, and `teacher` if there is one), with a teacher kl
-    and top1_agreement, and by_position: the same figures of positions `first` to `last`, which have so many tokens
-    before them. The whole vocabulary of the model counts, as in transformers' own loss.
+    and top1_agreement; by_position: the same figures of positions `first` to `last`, which have so many tokens before
+    them; and by_seen: the same of the next tokens of each kind of SEEN, `tokens` of them. The whole vocabulary of the
+    model counts, as in transformers' own loss.
 
     `advance(tokens)` is called after every window.
     """
     names = ["student"] if teacher is None else ["student", "teacher", "kl", "same"]
     sums = torch.zeros(len(names), windows.shape[1] - 1, dtype=torch.float64)
+    by_seen, counts = torch.zeros(len(names), len(SEEN), dtype=torch.float64), torch.zeros(len(SEEN), dtype=torch.int64)
     for window in windows:
+        kinds = seen(window)
+        counts += torch.bincount(kinds, minlength=len(SEEN))
         logits = _logits(student, window)
         expected = None if teacher is None else _logits(teacher, window)
         width = logits.shape[-1] if expected is None else min(logits.shape[-1], expected.shape[-1])
@@ -49,18 +58,36 @@ def language(
                 parts.append(divergence(Term("ce"), p, None, targets[rows])[0])
                 parts.append(divergence(Term("forward_kl"), q, p, targets[rows])[0])
                 parts.append(q.argmax(-1) == p.argmax(-1))
-            sums[:, rows] += torch.stack([part.double().cpu() for part in parts])
+            found = torch.stack([part.double().cpu() for part in parts])
+            sums[:, rows] += found
+            by_seen.index_add_(1, kinds[rows], found)
         advance(len(window))
-    count = len(windows)
     edges = position_edges(windows.shape[1] - 1)
     return {
         "tokens": windows.numel(),
         "window": windows.shape[1],
-        **_figures(names, sums, count),
+        **_figures(names, sums.sum(1), sums.shape[1] * len(windows)),
         "by_position": [
-            {"first": first + 1, "last": last, **_figures(names, sums[:, first:last], count)} for first, last in edges
+            {"first": first + 1, "last": last, **_figures(names, part.sum(1), part.shape[1] * len(windows))}
+            for first, last in edges
+            for part in [sums[:, first:last]]
+        ],
+        "by_seen": [
+            {"seen": kind, "tokens": count, **_figures(names, part, count)}
+            for kind, count, part in zip(SEEN, counts.tolist(), by_seen.T)
+            if count
         ],
     }
+
+
+def seen(window: torch.Tensor) -> torch.Tensor:
+    """window (T) int64 -> (T - 1) int64, for every token but the first its index in SEEN."""
+    tokens, pairs, kinds = set(), set(), []
+    for before, token in itertools.pairwise(window.tolist()):
+        tokens.add(before)
+        kinds.append(2 if (before, token) in pairs else int(token in tokens))
+        pairs.add((before, token))
+    return torch.tensor(kinds, dtype=torch.int64)
 
 
 def position_edges(length: int) -> list[tuple[int, int]]:
@@ -78,7 +105,7 @@ def _logits(subject: Subject, window: torch.Tensor) -> torch.Tensor:
 
 
 def _figures(names: list[str], sums: torch.Tensor, count: int) -> dict:
-    mean = {name: value.sum().item() / (value.numel() * count) for name, value in zip(names, sums)}
+    mean = {name: value / count for name, value in zip(names, sums.tolist())}
     figures: dict = {"perplexity": {who: math.exp(min(mean[who], 700.0)) for who in names[:2]}}
     if "kl" in mean:
         figures |= {"kl": mean["kl"], "top1_agreement": mean["same"]}

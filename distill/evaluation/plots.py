@@ -35,6 +35,12 @@ def plots(report: dict) -> dict[str, str]:
         found["perplexity by position"] = _lines(
             [row["last"] for row in rows], lines, "tokens before", "perplexity", log_x=True
         )
+    if rows := report.get("recall", {}).get("by_distance"):
+        lines = {who: [row[who] for row in rows] for who in COLOURS if who in rows[0]}
+        distances = [row["distance"] for row in rows]
+        found["recall by distance"] = _lines(
+            distances, lines, "distance, tokens", "share recalled", log_x=True, from_zero=True
+        )
     for name, task in report.get("tasks", {}).items():
         if len(task["by_level"]) > 1:
             found[f"task {name}"] = _levels(name, task)

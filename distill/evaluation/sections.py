@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 MODELS = ("teacher", "student")
 SURE = 2  # standard errors
+SEEN = {"new": "is new", "token": "stood before", "pair": "followed the same token before"}
 SAID = ("said", "chosen", "correct")  # what a sample of a task tells of the model, not of the example
 
 
@@ -93,20 +94,35 @@ def _summary(report: dict) -> Section:
 
 
 def _language(report: dict) -> Section:
-    models = _models(report)
-    columns = ["tokens before", *(f"perplexity, {who}" for who in models)]
-    if "kl" in report:
-        columns += ["x teacher", "KL, nats", "same likeliest"]
-    rows = []
-    for row in [*report["by_position"], {"first": None, **report}]:
-        label = "all" if row["first"] is None else f"{row['first']}–{row['last']}"
-        cells = [label, *(_short(row["perplexity"][who]) for who in models)]
+    positions = [(f"{row['first']}–{row['last']}", row) for row in report["by_position"]]
+    count = sum(row["tokens"] for row in report["by_seen"])
+    seen = [(f"{SEEN[row['seen']]}, {row['tokens'] / count:.0%}", row) for row in report["by_seen"]]
+    prose = [
+        f"{report['tokens']:,} tokens in windows of {report['window']:,}, by how many tokens stand before, and by "
+        "whether the next token, or it and the one before it side by side, stood there already."
+    ]
+    tables = [_by("tokens before", [*positions, ("all", report)], report), _by("the next token", seen, report)]
+    figures = ["perplexity by position"]
+    if report.get("recall", {}).get("by_distance"):
+        prose.append("Recall: how often a passage that comes again is guessed, by the tokens since.")
+        models = _models(report)
+        rows = report["recall"]["by_distance"]
+        cells = [[f"{row['distance']:,}", *(_percent(row[who]) for who in models)] for row in rows]
+        tables.append(Table(["distance, tokens", *(f"recall, {who}" for who in models)], cells))
+        figures.append("recall by distance")
+    return Section("Language", prose, tables, figures)
+
+
+def _by(what: str, rows: Sequence[tuple[str, dict]], report: dict) -> Table:
+    """Figures of `language.py`, a row for each (label, figures)."""
+    models, cells = _models(report), []
+    for label, row in rows:
+        cells.append([label, *(_short(row["perplexity"][who]) for who in models)])
         if "kl" in report:
             ratio = row["perplexity"]["student"] / row["perplexity"]["teacher"]
-            cells += [f"{ratio:.3f}", f"{row['kl']:.4f}", _percent(row["top1_agreement"])]
-        rows.append(cells)
-    prose = [f"{report['tokens']:,} tokens in windows of {report['window']:,}, by how many tokens stand before."]
-    return Section("Language, by position", prose, [Table(columns, rows)], ["perplexity by position"])
+            cells[-1] += [f"{ratio:.3f}", f"{row['kl']:.4f}", _percent(row["top1_agreement"])]
+    compared = ["x teacher", "KL, nats", "same likeliest"] if "kl" in report else []
+    return Table([what, *(f"perplexity, {who}" for who in models), *compared], cells)
 
 
 def _tasks(report: dict) -> Section:

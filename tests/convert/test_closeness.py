@@ -9,7 +9,7 @@ from demo_pair import demo_teacher, demo_windows, divergence, fresh_student
 
 from convert.calibrate import calibrate
 from convert.calibration import Settings
-from convert.closeness import VARIANTS, as_markdown, closeness, files, recall, varied
+from convert.closeness import VARIANTS, as_markdown, closeness, files, recall, recall_by_distance, varied
 from convert.layouts import parse_layout
 from deltanet import DeltaNetForCausalLM
 
@@ -104,6 +104,20 @@ def test_a_trained_model_recalls_a_repeated_passage_and_a_random_one_does_not(te
     assert result["repeat"]["teacher"] > 0.3
     assert result["repeat"]["student"] < 0.05
     assert result["distance"] == 56
+
+
+def test_recall_is_measured_as_far_as_the_text_and_the_models_reach(teacher, held_out):
+    assert held_out.shape[1] == 128
+
+    def distances(most):
+        rows = recall_by_distance(None, teacher, held_out, most=most, tokens=256)
+        return {row["distance"]: row["student"] for row in rows}
+
+    found = distances(2048)
+    assert [*found] == [64, 128]
+    assert [*distances(200)] == [64]
+    assert distances(100) == {}
+    assert found[64] > 0.3
 
 
 def test_the_token_budget_bounds_the_work(teacher, student, held_out):

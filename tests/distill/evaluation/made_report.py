@@ -39,10 +39,18 @@ REPORT = {
         {"first": 1, "last": 16, "perplexity": {"teacher": 20.0, "student": 22.0}, "kl": 0.1, "top1_agreement": 0.9},
         {"first": 17, "last": 63, "perplexity": {"teacher": 9.0, "student": 18.0}, "kl": 0.2, "top1_agreement": 0.8},
     ],
+    "by_seen": [
+        {"seen": "new", "tokens": 30, "perplexity": {"teacher": 40.0, "student": 44.0}, "kl": 0.1,
+         "top1_agreement": 0.7},
+        {"seen": "pair", "tokens": 10, "perplexity": {"teacher": 2.0, "student": 4.0}, "kl": 0.3,
+         "top1_agreement": 0.6},
+    ],
     "samples": [
         {"prompt": "Once <i>", "text": "upon", "student": "a `dog`\nran", "teacher": "a dog", "same_tokens": 2},
     ],
-    "recall": {"distance": 24, "repeat": {"teacher": 0.5, "student": 0.25}, "needle": {"teacher": 0.0, "student": 0.0}},
+    "recall": {"distance": 24, "repeat": {"teacher": 0.5, "student": 0.25}, "needle": {"teacher": 0.0, "student": 0.0},
+               "by_distance": [{"distance": 64, "teacher": 0.9, "student": 0.5},
+                               {"distance": 128, "teacher": 0.8, "student": 0.25}]},
     "tasks": {"needle": TASK | {"teacher": TASK | {
         "accuracy": 0.9, "stderr": 0.03, "figures": {}, "samples": [{"said": "c"}],
     }}},
@@ -82,7 +90,7 @@ def made(**changes) -> dict:
 def alone() -> dict:
     """The same without a teacher, and with nothing measured but language."""
     report = made(teacher=None, perplexity={"student": 12.5})
-    for row in report["by_position"]:
+    for row in [*report["by_position"], *report["by_seen"]]:
         row["perplexity"].pop("teacher")
         del row["kl"], row["top1_agreement"]
     for key in ("kl", "top1_agreement", "tasks", "skipped_tasks", "speed", "memory", "diagnostics", "losses", "recall"):

@@ -32,6 +32,7 @@ def test_a_report_has_every_part_and_is_plain_json(report):
         "kl",
         "top1_agreement",
         "by_position",
+        "by_seen",
         "samples",
         "recall",
         "tasks",

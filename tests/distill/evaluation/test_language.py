@@ -9,7 +9,7 @@ from eval_subjects import TEXT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.evaluation.language import continuations, language, position_edges
+from distill.evaluation.language import continuations, language, position_edges, seen
 from distill.evaluation.windows import read_windows
 
 CLOSE = 1e-5  # float32 losses of a few hundred tokens, summed in another order
@@ -55,6 +55,27 @@ def test_positions_together_are_the_whole(teacher, student, windows):
     assert math.exp(nats) == pytest.approx(report["perplexity"]["student"], rel=1e-9)
 
 
+def test_kinds_of_next_tokens_together_are_the_whole(teacher, student, windows):
+    report = language(student, teacher, windows)
+    rows = report["by_seen"]
+    assert sum(row["tokens"] for row in rows) == windows.shape[0] * (windows.shape[1] - 1)
+    mean = sum(row["tokens"] * row["kl"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert mean == pytest.approx(report["kl"], rel=1e-9)
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(
+            teacher.model(windows).logits[:, :-1].transpose(1, 2), windows[:, 1:], reduction="none"
+        )
+    is_pair = torch.stack([seen(window) for window in windows]) == 2
+    pairs = next(row for row in rows if row["seen"] == "pair")
+    assert pairs["tokens"] == is_pair.sum() > 0
+    assert pairs["perplexity"]["teacher"] == pytest.approx(losses[is_pair].mean().exp().item(), rel=CLOSE)
+
+
+def test_a_pair_is_seen_only_side_by_side():
+    #                       5 6 5: token  6: pair  7: new  6 5: pair  7: token
+    assert seen(torch.tensor([5, 6, 5, 6, 7, 6, 5, 7])).tolist() == [0, 1, 2, 0, 1, 2, 1]
+
+
 @given(st.integers(1, 5000))
 def test_the_ranges_of_positions_cover_each_once(length):
     edges = position_edges(length)
@@ -67,7 +88,7 @@ def test_the_ranges_of_positions_cover_each_once(length):
 def test_without_a_teacher_only_the_student_is_told(student, windows):
     told = []
     report = language(student, None, windows, advance=told.append)
-    assert set(report) == {"tokens", "window", "perplexity", "by_position"}
+    assert set(report) == {"tokens", "window", "perplexity", "by_position", "by_seen"}
     assert set(report["perplexity"]) == {"student"}
     assert sum(told) == windows.numel()
 

@@ -62,4 +62,4 @@ def test_the_same_report_is_the_same_page():
 
 
 def test_every_plot_and_the_layers_are_on_it():
-    assert sum(tag == "svg" for tag, _ in parsed(page(made())).seen) == 1 + 7  # layers; 1 language, 1 task, 4, 1 loss
+    assert sum(tag == "svg" for tag, _ in parsed(page(made())).seen) == 1 + 8  # layers; 2 language, 1 task, 4, 1 loss

@@ -12,7 +12,7 @@ def by_title(report):
 def test_every_part_has_its_section_and_every_table_its_columns():
     found = by_title(made())
     assert list(found) == [
-        "In short", "Language, by position", "Tasks", "Speed", "Memory", "Diagnostics", "Training", "What they write",
+        "In short", "Language", "Tasks", "Speed", "Memory", "Diagnostics", "Training", "What they write",
         "How it was measured",
     ]  # fmt: skip
     for section in found.values():
@@ -29,6 +29,13 @@ def test_the_ratio_is_the_student_over_the_teacher():
     assert rows["needle"] == ["90.0%", "75.0%", "0.833"]
     # The teacher did not fit at the longest context, so there is nothing to compare.
     assert rows["decoding, tokens/s, 4,096 tokens"] == ["", "39.0", ""]
+
+
+def test_language_is_told_by_position_by_what_stood_before_and_by_distance():
+    by_position, by_seen, by_distance = by_title(made())["Language"].tables
+    assert [row[0] for row in by_position.rows] == ["1–16", "17–63", "all"]
+    assert by_seen.rows[1] == ["followed the same token before, 25%", "2", "4", "2.000", "0.3000", "60.0%"]
+    assert by_distance.rows == [["64", "90.0%", "50.0%"], ["128", "80.0%", "25.0%"]]
 
 
 def test_the_best_trivial_strategy_is_held_against_both():
@@ -78,5 +85,5 @@ def test_a_student_alone_has_one_column():
     found = by_title(alone())
     assert found["In short"].tables[0].columns == ["", "value"]
     assert found["In short"].tables[0].rows == [["perplexity", "12.5"]]
-    assert found["Language, by position"].tables[0].columns == ["tokens before", "perplexity, student"]
+    assert found["Language"].tables[0].columns == ["tokens before", "perplexity, student"]
     assert title(alone()) == "runs/<b>mine</b>"
