@@ -380,6 +380,12 @@ def eval_parser() -> argparse.ArgumentParser:
         help="examples of a task (default: all of a file; of a generated task 200, or 50 on a CPU)",
     )
     parser.add_argument(
+        "--task-context",
+        type=int,
+        metavar="N",
+        help="tokens of the longest example of a generated task (default: 2048, or the longest of --contexts)",
+    )
+    parser.add_argument(
         "--contexts",
         nargs="+",
         metavar="N",

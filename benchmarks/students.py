@@ -108,9 +108,12 @@ def figures(folder: Path, table: dict) -> tuple[dict[str, str], dict[str, str]]:
         teacher[f"{text} perplexity"] = f"{perplexity['teacher']:.3f}"
         student[f"{text} perplexity"] = f"{perplexity['student'] / perplexity['teacher']:.4f}x"
         student[f"{text} KL"] = f"{report['kl']:.4f}"
-        for probe in ("repeat", "needle") if "recall" in report else ():
+        recall = report.get("recall", {"by_distance": ()})
+        probes = {f"recall at {row['distance']}": row for row in recall["by_distance"]}
+        probes |= {"needle": recall["needle"]} if "needle" in recall else {}
+        for probe, found in probes.items():
             for who, columns in (("student", student), ("teacher", teacher)):
-                columns[f"{text} {probe}"] = f"{report['recall'][probe][who]:.3f}"
+                columns[f"{text} {probe}"] = f"{found[who]:.3f}"
     for who, columns in ((folder, student), (folder.parent / TEACHER, teacher)):
         report = who / "tasks" / "evaluation.json"
         for name, task in json.loads(report.read_text())["tasks"].items() if report.is_file() else ():

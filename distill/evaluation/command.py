@@ -31,6 +31,7 @@ def run(arguments) -> None:
         tokens=arguments.tokens,
         window=arguments.window,
         limit=arguments.limit,
+        task_context=arguments.task_context,
         seed=arguments.seed,
         device=arguments.device,
         dtype=arguments.dtype,

@@ -33,7 +33,8 @@ DEFAULT_CONTEXTS = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192, 32768)}
 SHORTEST_CONTEXT = 2 * DECODED
 RECALL_WINDOW = 32
 RECALL_TOKENS = {"cpu": 2048, "cuda": 16384}  # at each distance
-TASK_CONTEXT = 2048  # the longest example of a generated task, unless longer contexts are asked for
+TASK_CONTEXT = 2048
+"""Tokens of the longest example of a generated task, unless longer ones, or longer contexts, are asked for."""
 CURVE_POINTS = 400
 
 
@@ -47,6 +48,7 @@ def evaluate(
     tokens: int = TOKENS,
     window: int | None = None,
     limit: int | None = None,
+    task_context: int | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -55,8 +57,8 @@ def evaluate(
 
     text: a file, `self` (the teacher, or else the student, writes it) or `none`. tasks: see `select`. contexts: where
     speed and memory are measured; None for some that suit device and models, () for none. tokens, window: how much
-    text, and in pieces of what length. limit: examples of each task. Raises UserError for any wrong input, before
-    anything is measured.
+    text, and in pieces of what length. limit: examples of each task. task_context: tokens of the longest example
+    of a generated one. Raises UserError for any wrong input, before anything is measured.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: allowed is 1 or more")
@@ -73,12 +75,25 @@ def evaluate(
             if subject is not None:
                 task.check(subject, limit)
     contexts = check_contexts(contexts, longest, mine.device)
+    if task_context is not None and not 1 <= task_context <= longest:
+        raise UserError(
+            f"--task-context {task_context}: allowed is 1 to {longest}, the range of the model "
+            "(max_position_embeddings)"
+        )
     windows = None
     if text != NONE:
         writer = mine if other is None else other
         windows = read_windows(text, writer, tokens=tokens, window=window, longest=longest, seed=seed)
     report = measure(
-        mine, other, windows=windows, tasks=chosen, limit=limit, contexts=contexts, max_context=longest, seed=seed
+        mine,
+        other,
+        windows=windows,
+        tasks=chosen,
+        limit=limit,
+        task_context=task_context,
+        contexts=contexts,
+        max_context=longest,
+        seed=seed,
     )
     report["text"] = None if windows is None else text
     if curve := loss_curve(Path(student)):
@@ -93,6 +108,7 @@ def measure(
     windows: torch.Tensor | None,
     tasks: Sequence[Chosen] = (),
     limit: int | None = None,
+    task_context: int | None = None,
     contexts: Sequence[int] = (),
     max_context: int,
     seed: int = 0,
@@ -117,7 +133,7 @@ def measure(
     }
     if tasks:
         with _timed(report, "tasks"):
-            context = min(max_context, max(TASK_CONTEXT, *contexts, 0))
+            context = task_context or min(max_context, max(TASK_CONTEXT, *contexts, 0))
             report["tasks"], report["skipped_tasks"] = run_tasks(student, teacher, tasks, limit, context, seed)
     if windows is not None:
         with _timed(report, "language"), progress("language", windows.numel(), "tokens") as advance:
@@ -126,14 +142,10 @@ def measure(
         if windows.shape[1] >= RECALL_WINDOW:
             with _timed(report, "recall"):
                 other = None if teacher is None else teacher.model
-                held_out, amount = (
-                    windows.to(student.device),
-                    RECALL_TOKENS.get(student.device.type, RECALL_TOKENS["cpu"]),
-                )
+                held_out = windows.to(student.device)
                 report["recall"] = recall(other, student.model, held_out, seed=seed)
-                report["recall"]["by_distance"] = recall_by_distance(
-                    other, student.model, held_out, most=max_context, tokens=amount
-                )
+                options = {"most": max_context, "tokens": RECALL_TOKENS.get(student.device.type, RECALL_TOKENS["cpu"])}
+                report["recall"]["by_distance"] = recall_by_distance(other, student.model, held_out, **options)
         with _timed(report, "diagnostics"):
             report["diagnostics"] = diagnose(student, teacher, windows, seed=seed)
     if contexts:

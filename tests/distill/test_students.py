@@ -37,7 +37,7 @@ def test_rows_are_measured_and_the_teacher_once(tmp_path, calls):
         "recipe": str(recipe),
         "texts": {"demo": TEXT},
         "tasks": ["needle"],
-        "options": ["--limit", "2", "--tokens", "64", "--window", "32"],
+        "options": ["--limit", "2", "--tokens", "64", "--window", "64"],
         "curve": [256, 999],
     }
     rows = {"often": {"evaluation.every_steps": 2}, "other": {"student.convert.hybrid": "layers:0"}}
@@ -53,7 +53,15 @@ def test_rows_are_measured_and_the_teacher_once(tmp_path, calls):
     header, _, *lines = (out / "students.md").read_text().splitlines()
     names = [name.strip() for name in header.strip("|").split("|")]
     whole = [name for name in names if "tokens" not in name]  # not a single level of a task
-    assert whole == ["row", "demo perplexity", "demo repeat", "demo needle", "needle", "demo KL", "seconds to distil"]
+    assert whole == [
+        "row",
+        "demo perplexity",
+        "demo recall at 64",
+        "demo needle",
+        "needle",
+        "demo KL",
+        "seconds to distil",
+    ]
     cells = {line.split("|")[1].strip(): dict(zip(names, map(str.strip, line.strip("|").split("|")))) for line in lines}
     assert list(cells) == ["teacher", *rows]
     for name in cells:

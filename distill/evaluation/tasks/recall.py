@@ -141,7 +141,7 @@ RECALL = (
     Task(
         "repeat",
         "a passage of words comes again after a distance",
-        {f"{d} back": {"distance": d} for d in (64, 128, 256, 448, 960)},
+        {f"{d} back": {"distance": d} for d in (64, 128, 256, 448, 960, 1984, 4032)},
         repeat,
     ),
     Task(
@@ -149,14 +149,22 @@ RECALL = (
         "the value of a key, hidden among random words",
         {
             f"{length} tokens, {keys} keys, {values} values": {"length": length, "keys": keys, "values": values}
-            for length, keys, values in ((64, 1, 1), (64, 4, 1), (128, 4, 1), (128, 2, 2), (256, 8, 1), (512, 4, 2))
+            for length, keys, values in (
+                (64, 1, 1),
+                (64, 4, 1),
+                (128, 4, 1),
+                (128, 2, 2),
+                (256, 8, 1),
+                (512, 4, 2),
+                *((length, 4, 1) for length in (1024, 2048, 4096, 8192)),
+            )
         },
         needle,
     ),
     Task(
         "passkey",
         f"{PASSWORD} words, hidden between copies of one sentence",
-        {f"{length} tokens": {"length": length} for length in (64, 128, 256, 512, 1024)},
+        {f"{length} tokens": {"length": length} for length in (64, 128, 256, 512, 1024, 2048, 4096, 8192)},
         passkey,
     ),
     Task(

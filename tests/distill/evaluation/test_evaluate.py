@@ -75,6 +75,7 @@ def test_a_model_beside_itself_is_as_good(folders):
         ({"contexts": [161]}, "--contexts 161: allowed is 64 to 160, the range of the model"),
         ({"contexts": [63]}, "--contexts 63: allowed is 64"),
         ({"limit": 0}, "--limit 0: allowed is 1 or more"),
+        ({"task_context": 161}, "--task-context 161: allowed is 1 to 160, the range of the model"),
         ({"text": "lost.txt"}, "--text lost.txt: no such file"),
         ({"text": "slef"}, "--text slef: not a text this can read; .*, each also .gz, self, none"),
         ({"tasks": ["lost"]}, "--tasks lost: no such task"),
@@ -166,4 +167,5 @@ def test_tasks_are_as_long_as_the_longest_context_asked_for(contexts, longest, s
     monkeypatch.setattr(module, "run_tasks", lambda *arguments: seen.append(arguments[4]) or ({}, {}))
     measure(student, None, windows=None, tasks=["some"], contexts=contexts, max_context=8192)
     measure(student, None, windows=None, tasks=["some"], contexts=contexts, max_context=500)
-    assert seen == [longest, 500]
+    measure(student, None, windows=None, tasks=["some"], contexts=contexts, task_context=99, max_context=8192)
+    assert seen == [longest, 500, 99]
