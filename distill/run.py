@@ -93,6 +93,13 @@ def distil(
         return _Run(recipe, folder, teacher, world, interrupts).everything(resume)
 
 
+def _free_memory() -> None:
+    """What was dropped goes back to the card, also what the allocator keeps of it, as other runs may share the card."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class _Run:
     """The steps of a run, in the order of `everything`."""
 
@@ -181,6 +188,7 @@ class _Run:
 
     def _train_from(self, commit: Commit | None, results: list[dict]) -> Commit:
         """Every stage that is not finished. `results` grows by a row after each."""
+        _free_memory()
         marks = None if commit is None else Marks(**commit.info["marks"])
         first = 0 if marks is None else marks.stage_index
         unfinished = self.plans[first + (marks is not None and marks.step == self.plans[first].num_steps) :]
@@ -192,7 +200,7 @@ class _Run:
             if not goes_on or marks.step < plan.num_steps:
                 folder = self.start if commit is None else commit.folder / STUDENT
                 commit = self._stage(plan, folder, commit if goes_on else None, marks if goes_on else None, results)
-                gc.collect()
+                _free_memory()
             results.append(self._measure_folder(f"after {plan.stage.name}", commit.folder / STUDENT))
             marks = None
         return commit
@@ -219,7 +227,7 @@ class _Run:
                 advance=lambda done, name=name: self.pulse(f"{name}: {done:,} sequences are kept"),
             )
         self.teacher = None
-        gc.collect()
+        _free_memory()
 
     def _stage(
         self, plan: StagePlan, folder: Path, commit: Commit | None, marks: Marks | None, results: list[dict]
