@@ -208,8 +208,10 @@ def write_text(
     seed: int,
     advance: Callable[[float], None] | None = None,
     batch: int | None = None,
+    top_p: float = 1.0,
 ) -> torch.Tensor:
-    """(windows, length) token ids sampled from the teacher at temperature 1: the same for the same seed and device.
+    """(windows, length) token ids sampled from the teacher at temperature 1 (`nucleus` of top_p): the same for the same
+    seed and device.
 
     A third of the rows begin like a document, a third with a random token, a third like a chat where the teacher has
     a template (else like a document). No sampled token ends a row: after an end of text the teacher starts another.
@@ -234,11 +236,21 @@ def write_text(
             chances = torch.softmax(output.logits[:, -1].float(), -1)
             if not chances.isfinite().all():
                 raise UserError("--calibrate self: the teacher's logits are not finite, so it cannot write")
-            sampled = torch.multinomial(chances, 1, generator=generator)[:, 0].cpu()
+            sampled = torch.multinomial(nucleus(chances, top_p), 1, generator=generator)[:, 0].cpu()
             out[group, position] = torch.where(given[group, position] < 0, sampled, given[group, position])
             if advance is not None:
                 advance(len(sampled))
     return out
+
+
+def nucleus(chances: torch.Tensor, top_p: float) -> torch.Tensor:
+    """(rows, vocabulary): the likeliest tokens of each row that together have top_p of its chance or just more,
+    rescaled, the others at zero (nucleus sampling, arXiv 1904.09751)."""
+    if top_p >= 1:
+        return chances
+    falling, ids = chances.sort(-1, descending=True)
+    kept = torch.where(falling.cumsum(-1) - falling < top_p, falling, 0)
+    return torch.zeros_like(chances).scatter(-1, ids, kept / kept.sum(-1, keepdim=True))
 
 
 def _any_token(vocabulary: int, generator: torch.Generator) -> int:

@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from convert.text import nucleus
 from deltanet import DeltaNetForCausalLM
 from deltanet.modeling import CACHE
 from deltanet_errors import UserError
@@ -124,12 +125,13 @@ def write_after(
     chances: torch.Tensor,
     stop_ids: Collection[int],
     vocab_size: int,
+    top_p: float = 1.0,
 ) -> list[np.ndarray]:
     """What the model writes after each prompt: up to T tokens, ending with the first of stop_ids.
 
     prompts: ids, each of one token or more. chances (rows, T) float64 in [0, 1): token t of a row is the first id
-    below vocab_size whose cumulated probability exceeds chances[row, t]. Rows that have ended are dropped from the
-    batch once they are half of it, where the cache can.
+    below vocab_size whose cumulated probability, in the `nucleus` of top_p, exceeds chances[row, t]. Rows that have
+    ended are dropped from the batch once they are half of it, where the cache can.
     """
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -145,7 +147,7 @@ def write_after(
     for place, chance in enumerate(chances.T):
         output = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         cache = output[CACHE]
-        rising = output.logits[:, -1, :vocab_size].double().softmax(-1).cumsum(-1)
+        rising = nucleus(output.logits[:, -1, :vocab_size].double().softmax(-1), top_p).cumsum(-1)
         goal = chance[going, None] * rising[:, -1:]
         ids = torch.searchsorted(rising, goal, right=True).clamp(max=vocab_size - 1)
         written[going, place] = ids[:, 0]

@@ -146,6 +146,9 @@ class Source(Section):
     path: SomeNames | None = Field(None, description="files or globs: txt, md, jsonl, json, parquet, each also .gz")
     dataset: Text | None = Field(None, description="Hub data set (owner/name), instead of path")
     from_teacher: int | None = Field(None, gt=0, description="tokens that the teacher writes itself, instead of path")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="the teacher writes only tokens which together have so much of the chance"
+    )
     task: str | None = Field(None, description="a generated task (docs/tasks.md), instead of path")
     options: dict[str, int | float | str] = Field({}, description="of the task, such as length: 64")
     documents: int | None = Field(None, gt=0, description="examples of the task")

@@ -29,16 +29,17 @@ def write_chats(
     *,
     stop_ids: Collection[int],
     is_dull: Callable[[str], bool] = lambda text: False,
+    top_p: float = 1.0,
 ) -> list[dict]:
     """Of `count` chats those worth keeping, each `messages` (a question, an answer) and `tokens` (of the whole chat).
 
-    The same key and teacher write the same. A turn for which `is_dull` holds is dropped with its chat. Raises UserError
-    where the tokenizer has no chat template or the template none that can be begun.
+    The same key, teacher and top_p (`convert.text.nucleus`) write the same. A turn for which `is_dull` holds is dropped
+    with its chat. Raises UserError where the tokenizer has no chat template or the template none that can be begun.
     """
     opening, end = _user_turn(tokenizer)
     limit = min(teacher.config.vocab_size, len(tokenizer))
     room = teacher.config.max_position_embeddings - len(opening)
-    asked = _write(teacher, [opening] * count, (key, 0), min(QUESTION, room // 2), {*stop_ids, end}, limit)
+    asked = _write(teacher, [opening] * count, (key, 0), min(QUESTION, room // 2), {*stop_ids, end}, limit, top_p)
     questions = [_turn(ids, {*stop_ids, end}, tokenizer) for ids in asked]
     questions = [text for text in questions if text is not None and not is_dull(text)]
     if not questions:
@@ -49,7 +50,7 @@ def write_chats(
     left = teacher.config.max_position_embeddings - max(map(len, prompts))
     if left < 1:
         return []
-    answers = _write(teacher, prompts, (key, 1), min(ANSWER, left), stop_ids, limit)
+    answers = _write(teacher, prompts, (key, 1), min(ANSWER, left), stop_ids, limit, top_p)
     kept = []
     for chat, ids in zip(chats, answers):
         text = _turn(ids, stop_ids, tokenizer)
@@ -80,10 +81,10 @@ def _render(messages: Messages, tokenizer, prompt: bool = False) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
 
-def _write(teacher, prompts, key: tuple[int, int], length: int, stop_ids: Collection[int], limit: int):
+def _write(teacher, prompts, key: tuple[int, int], length: int, stop_ids: Collection[int], limit: int, top_p: float):
     chances = np.stack([hashed(*key, row, count=length) for row in range(len(prompts))]).astype(np.float64) / 2.0**64
     with torch.no_grad():
-        return write_after(teacher, prompts, torch.from_numpy(chances), stop_ids, limit)
+        return write_after(teacher, prompts, torch.from_numpy(chances), stop_ids, limit, top_p)
 
 
 def _turn(ids: np.ndarray, stop_ids: Collection[int], tokenizer) -> str | None:

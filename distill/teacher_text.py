@@ -1,8 +1,9 @@
 """Training text that the teacher writes itself, for a model that has to be converted without any data.
 
-Rows are sampled at temperature 1 (what the teacher's own distribution asks for), cut into documents where the teacher
-begins another, and kept unless they repeat themselves; chats are in teacher_chats.py. They stand in JSON lines, one
-portion a file, so that people can read them and a killed run goes on with the next portion.
+Rows are sampled at temperature 1 (what the teacher's own distribution asks for) or from its likeliest tokens (`top_p`,
+without which a small teacher loses the thread: docs/results/students.md), cut into documents where the teacher begins
+another, and kept unless they repeat themselves; chats are in teacher_chats.py. They stand in JSON lines, one portion a
+file, so that people can read them and a killed run goes on with the next portion.
 Twin: tests/distill/test_teacher_text.py.
 """
 
@@ -43,15 +44,16 @@ def written_source(
 ) -> Source:
     """The source with `path` naming the files the teacher has written: at least `from_teacher` tokens in all.
 
-    The same seed, name, seq_len, teacher and kind of device write the same text, other names other text. `advance` is
-    told the tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself.
+    The same seed, name, top_p, seq_len, teacher and kind of device write the same text, other names other text.
+    `advance` is told the tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []
     tokens, empty = 0, 0
+    stem = source.name if source.top_p == 1 else f"{source.name}-top-{source.top_p:g}"
     own = () if source.name == USUAL_NAME else (zlib.crc32(source.name.encode()),)
     while tokens < source.from_teacher:
-        file = folder / f"{source.name}-{len(files):04}.jsonl"
+        file = folder / f"{stem}-{len(files):04}.jsonl"
         if not file.is_file():
             key = int(hashed(seed, *own, len(files))[0]) >> 1
             _store(file, _portion(source, teacher, tokenizer, key, seq_len))
@@ -96,8 +98,8 @@ def _portion(source: Source, teacher, tokenizer, key: int, seq_len: int) -> list
     if source.kind == "chat":
         ends = teacher.config.eos_token_id
         stop_ids = {*([ends] if isinstance(ends, int) else ends or []), tokenizer.eos_token_id} - {None}
-        return write_chats(teacher, tokenizer, count, key, stop_ids=stop_ids, is_dull=repeats)
-    rows = write_text(teacher, tokenizer, count, length, key, batch=count).numpy()
+        return write_chats(teacher, tokenizer, count, key, stop_ids=stop_ids, is_dull=repeats, top_p=source.top_p)
+    rows = write_text(teacher, tokenizer, count, length, key, batch=count, top_p=source.top_p).numpy()
     marks = _document_marks(tokenizer)
     return [document for row in rows for document in _documents(row, tokenizer, marks)]
 

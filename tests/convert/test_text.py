@@ -13,6 +13,7 @@ from convert.text import (
     check_sources,
     document_start,
     enough_tokens,
+    nucleus,
     set_aside,
     tokenise,
     write_text,
@@ -189,3 +190,19 @@ def test_a_larger_model_gets_more_text_up_to_a_limit(hidden, tokens):
 def test_what_is_missing_is_named(source, message):
     with pytest.raises(UserError, match=message):
         calibration_text([source], None, None, None)
+
+
+def test_the_nucleus_is_the_fewest_likeliest_tokens_that_make_up_the_share():
+    chances = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]], dtype=torch.float64)
+    assert torch.allclose(nucleus(chances, 0.7)[0], torch.tensor([0, 2 / 3, 0, 1 / 3], dtype=torch.float64))
+    assert torch.allclose(nucleus(chances, 0.76)[0], torch.tensor([0, 5 / 9, 1.5 / 9, 2.5 / 9], dtype=torch.float64))
+    assert nucleus(chances, 0.7)[1].tolist() == [1, 0, 0, 0]
+    assert nucleus(chances, 1.0) is chances
+
+
+def test_a_small_nucleus_writes_what_is_likeliest(teacher, tokenizer):
+    rows = write_text(teacher, tokenizer, 3, 24, 0, top_p=1e-6)
+    with torch.no_grad():
+        likeliest = teacher(rows).logits.argmax(-1)
+    assert torch.equal(rows[:, 3:], likeliest[:, 2:-1])
+    assert not torch.equal(rows, write_text(teacher, tokenizer, 3, 24, 0))

@@ -71,6 +71,14 @@ def test_rows_that_are_dropped_from_the_batch_leave_the_others_as_they_are(which
     assert which == 1 or sizes[-1] <= 6 < sizes[0] == 12
 
 
+def test_a_small_nucleus_writes_what_is_likeliest():
+    _, student = pair()
+    written = write_after(student, PROMPTS, CHANCES, (), VOCABULARY, top_p=1e-6)
+    for prompt, row in zip(PROMPTS, written):
+        ids = torch.from_numpy(np.concatenate([prompt, row]))[None]
+        assert student(ids).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == row.tolist()
+
+
 def test_no_token_beyond_the_tokenizers_is_written():
     _, student = pair()
     highest = torch.full((3, 6), 1 - 1e-16, dtype=torch.float64)

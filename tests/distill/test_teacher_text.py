@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +42,15 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another(tmp_path):
     assert source.from_teacher is None
     assert len(source.path) > 1
     assert all(len(TOKENIZER(d["text"], add_special_tokens=False)["input_ids"]) > 20 for d in documents)
+
+
+def test_another_nucleus_is_another_text_beside_the_first(tmp_path):
+    whole, _ = write(tmp_path)
+    source = SOURCE.model_copy(update={"top_p": 0.9})
+    narrow = written_source(source, TEACHER, TOKENIZER, tmp_path, 0, 64)
+    assert [path.rpartition("/")[2] for path in narrow.path][:1] == ["teacher-top-0.9-0000.jsonl"]
+    assert not {*whole.path} & {*narrow.path}
+    assert Path(whole.path[0]).read_text() != Path(narrow.path[0]).read_text()
 
 
 def test_a_killed_writing_goes_on_with_the_next_portion(tmp_path, monkeypatch):
