@@ -20,7 +20,7 @@ from deltanet_errors import DeltanetError
 
 from .order import hashed
 from .schema import USUAL_NAME, Source
-from .teacher_chats import write_chats
+from .teacher_chats import ANSWER, QUESTION, write_chats
 from .token_cache import Facts, Tokens
 
 SHORT, LONG = 256, 1024
@@ -85,7 +85,8 @@ def _length(seq_len: int) -> int:
 
 def _shape(teacher, source: Source, seq_len: int) -> tuple[int, int]:
     """(rows, tokens of each) of a portion."""
-    length = min(SHORT if source.kind == "chat" else _length(seq_len), teacher.config.max_position_embeddings)
+    length = QUESTION + ANSWER if source.kind == "chat" else _length(seq_len)
+    length = min(length, teacher.config.max_position_embeddings)
     if teacher.device.type != "cuda":
         return max(PORTION // length, 1), length
     config = teacher.config

@@ -15,7 +15,7 @@ from distill import teacher_text
 from distill.data import Corpus, whole
 from distill.recipe import parse_recipe
 from distill.schema import Source
-from distill.teacher_chats import write_chats
+from distill.teacher_chats import ANSWER, QUESTION, write_chats
 from distill.teacher_text import planned, written_source
 from distill.token_cache import tokenise
 
@@ -42,7 +42,7 @@ def teacher():
 
 @pytest.fixture(autouse=True)
 def small_portions(monkeypatch):
-    monkeypatch.setattr(teacher_text, "PORTION", 8 * teacher_text.SHORT)
+    monkeypatch.setattr(teacher_text, "PORTION", 8 * (QUESTION + ANSWER))
 
 
 def test_the_same_key_writes_the_same_chats_each_a_question_and_an_answer(teacher):
