@@ -20,7 +20,7 @@ def map_kernel(
     tiles, segments). A program walks BV columns of both, as A^T and B^T [BV, KP]: B is the state that starts from
     zero, A the one that starts from the identity and is written nothing; K K^T and the inverse serve both.
     `start` (the first state) and `shift` as in forward_kernel, whose RETRY launches this one joins."""
-    NV: tl.constexpr = VP // BV
+    NV: tl.constexpr = (VP + BV - 1) // BV
     TILES: tl.constexpr = NV if NV * BV > KP else KP // BV
     seg = tl.program_id(1)
     tile = tl.program_id(0) % TILES
