@@ -88,7 +88,8 @@ def key_from_keys(dKt, gate, kk, xt, dRt, kt, bc, gamma, rc, C: tl.constexpr, GA
     j = rc[None, :]
     M = mm(tl.trans(dRt), xt)
     dbeta = tl.sum(tl.where(i == j, M, 0.0), 1)
-    Z = tl.where(i > j, M, 0.0) + tl.where(j > i, mm(tl.trans(xt), dRt), 0.0)
+    Z = tl.where(i > j, M, 0.0)
+    Z += tl.trans(Z)
     Z = Z * (bc[:, None] * -bc[None, :])
     if GATED:
         Z = Z * gamma
