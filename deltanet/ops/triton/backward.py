@@ -22,16 +22,16 @@ from .chunk import (
     inverse_length,
     load_decays,
     load_rows,
+    load_square,
     mm,
     mma,
     operand,
     span,
     store_rows,
-    unit_lower_inverse,
     unit_operand,
     wide,
 )  # fmt: skip
-from .forward import power_of_two
+from .forward import chunk_adjoint, power_of_two
 
 HEADROOM = tl.constexpr(2.0**-6)
 """Half-finished key gradients are kept in half precision times this, so that large values do not overflow."""
@@ -99,8 +99,8 @@ def key_from_keys(dKt, gate, kk, xt, dRt, kt, bc, gamma, rc, C: tl.constexpr, GA
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads", "part"])
 def write_kernel(
-    q, k, x, beta, decays, do, dlast, dv, dr, dk, dbeta, dgate, dz, anchors, dfirst, cu, shift, largest, scale,
-    T, H, nseg, heads, part,
+    q, k, x, beta, decays, adjoints, do, dlast, dv, dr, dk, dbeta, dgate, dz, anchors, dfirst, cu, shift, largest,
+    scale, T, H, nseg, heads, part,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     TMA_OUT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, MAP: tl.constexpr,
@@ -108,8 +108,8 @@ def write_kernel(
 ):  # fmt: skip
     """Walk 1, from the last chunk to the first, dS^T [BV, KP] in registers. Grid (documents * H * V tiles, segments).
 
-    Reads q, k, x, beta, decays, do; writes dv and dr (dR, an operand of the other walks) unless
-    None, and per V tile a part of dbeta; at a segment's start dS into `dfirst`.
+    Reads q, k, x, beta, decays, adjoints (found here if None), do; writes dv and dr (dR, an operand of the other
+    walks) unless None, and per V tile a part of dbeta; at a segment's start dS into `dfirst`.
     KEYS (one V tile): also what dS and the C x C matrices give of dk, unscaled into `dk`; with GATED, their parts of
     dg (`dgate`, `dz`), and dS every STEP tokens (`anchors`).
     MAP: only the offset of a segment's reverse map dS -> A^T dS + B, from zero, into `dfirst`."""
@@ -137,8 +137,11 @@ def write_kernel(
     chunks = tl.cdiv(t1 - t0, C)
     tc = t0 + (chunks - 1) * C + rc
     bc = tl.load(beta + row + tc.to(tl.int64) * H, mask=(tc >= t0) & (tc < t1), other=0.0).to(tl.float32)
+    first, _padded = decay_row(nh // H, h, H, cu, T, C, VARLEN)
+    if adjoints is not None:
+        adjoints += first * C
     if GATED:
-        decays += decay_row(nh // H, h, H, cu, T, C, VARLEN)[0]
+        decays += first
         a, aq, a_first, total = load_decays(decays, t0 + (chunks - 1) * C, C, GB)
     for n in tl.range(0, chunks, 1, num_stages=STAGES, disable_licm=True):
         t = t0 + (chunks - 1 - n) * C
@@ -150,13 +153,17 @@ def write_kernel(
         if not MAP:
             xt = tl.trans(load_rows(x, b, t, t1, T, h, H, i_v * BV, 0, C, 1, 1, V, BV, TMA, False))
         kt16 = tl.trans(k16)
-        kk = mm(k16, kt16)
-        N = kk
+        kk, gamma = 1.0, 1.0
         if GATED:
             to_end = tl.exp2(total - a) * owed
-            gamma = between(a, a)
-            N = kk * gamma
-        _, Dt = unit_lower_inverse(-N * bc[:, None], -N * bc[None, :], C, False, True, DT)
+        if adjoints is None or KEYS:
+            kk = mm(k16, kt16)
+            if GATED:
+                gamma = between(a, a)
+        if adjoints is None:
+            D16 = chunk_adjoint(kk, bc, a if GATED else 0.0, C, GATED, DT)
+        else:
+            D16 = load_square(adjoints, t, C)
         dS16 = dSt.to(DT)
         if GATED:
             dU = mm(dS16, kt16) * to_end[None, :]
@@ -175,7 +182,7 @@ def write_kernel(
                 dSt = mma((dot16.to(tl.float32) * tl.exp2(aq - a_first)[None, :]).to(DT), q16, dSt)
             else:
                 dSt = mma(dot16, q16, dSt)
-        dR = mm(dU.to(DT), tl.trans(Dt).to(DT))
+        dR = mm(dU.to(DT), D16)
         dW = dR * bc[None, :]
         if GATED:
             dSt = mma((dW * -tl.exp2(a - a_first)[None, :]).to(DT), k16, dSt)
@@ -206,8 +213,7 @@ def write_kernel(
                         Pt = tl.where(rq[None, :] >= i, mm(k16, tl.trans(q16)), 0.0) * between(a, aq)
                 lasting = between(a, aq) if GATED else 1.0
                 dKt, gate = key_from_queries(dKt, gate, Pt, xt, dot16, tl.trans(q16), bc, lasting, rq, rc, C, GATED)
-            gamma_c = gamma if GATED else 1.0
-            dKt, gate, dbeta_c = key_from_keys(dKt, gate, kk, xt, dR16, kt16, bc, gamma_c, rc, C, GATED)
+            dKt, gate, dbeta_c = key_from_keys(dKt, gate, kk, xt, dR16, kt16, bc, gamma, rc, C, GATED)
             store_rows(dk, tl.trans(dKt * HEADROOM), b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA_OUT)
             if GATED:
                 tl.store(dz + token, z, mask=inside)

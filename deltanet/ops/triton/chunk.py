@@ -147,6 +147,13 @@ def load_decays(row, t, C: tl.constexpr, GB: tl.constexpr):
 
 
 @triton.jit
+def load_square(row, t, C: tl.constexpr):
+    """The C x C matrix of the chunk at t, as inverse_kernel left it. `row` is C times that of decay_row."""
+    i = tl.arange(0, C)
+    return tl.load(row + (t + i[:, None]) * C + i[None, :])
+
+
+@triton.jit
 def between(a_row, a_col):
     """2^-|a_row - a_col|: the decay between two tokens, whichever is later."""
     return tl.exp2(-tl.abs(a_row[:, None] - a_col[None, :]))

@@ -1,4 +1,4 @@
-"""The forward kernel: the chunk walk (README.md, "Kernels").
+"""The forward kernel: the chunk walk, and the inverses it may read (README.md, "Kernels").
 
 A chunk of C = 16 tokens that starts from S_0 (all decays g = 0 when there is no gate; a_i = g_1 + .. + g_i):
 
@@ -17,6 +17,7 @@ from .chunk import (
     decay_row,
     load_decays,
     load_rows,
+    load_square,
     mm,
     mma,
     span,
@@ -65,6 +66,45 @@ def chunk_inverse(kk, bc, a, C: tl.constexpr, GATED: tl.constexpr, DT: tl.conste
 
 
 @triton.jit
+def chunk_adjoint(kk, bc, a, C: tl.constexpr, GATED: tl.constexpr, DT: tl.constexpr):
+    """(I + diag(b) N)^-1 as an operand, from K K^T."""
+    N = kk
+    if GATED:
+        N = N * between(a, a)
+    _, Dt = unit_lower_inverse(-N * bc[:, None], -N * bc[None, :], C, False, True, DT)
+    return tl.trans(Dt).to(DT)
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def inverse_kernel(
+    k, beta, decays, inverses, adjoints, cu, T, H,
+    K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, GATED: tl.constexpr,
+    NORM: tl.constexpr, VARLEN: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """What no state enters, before the walks, whose every warp would find it chunk after chunk: unless None,
+    -(I + N diag(b))^-T for the forward and (I + diag(b) N)^-1, which takes dU to dR, for the backward. Grid
+    (documents * H, parts): a program owns every parts-th chunk of a document. Per token and head it reads k, beta,
+    decays, and writes a row of C operands of each (32 bytes in half precision), where `decays` has a number."""
+    nh = tl.program_id(0)
+    h = nh % H
+    b, t0, t1 = span(nh // H, 0, 1, cu, T, C, VARLEN)
+    first, _padded = decay_row(nh // H, h, H, cu, T, C, VARLEN)
+    rc = tl.arange(0, C)
+    square = rc[:, None] * C + rc[None, :]
+    row = (wide(b) * T) * H + h
+    for t in tl.range(t0 + tl.program_id(1) * C, t1, tl.num_programs(1) * C, num_stages=STAGES):
+        bc = tl.load(beta + row + (t + rc).to(tl.int64) * H, mask=t + rc < t1, other=0.0).to(tl.float32)
+        a = tl.load(decays + first + t + rc) if GATED else 0.0
+        k16 = unit_operand(load_rows(k, b, t, t1, T, h, H, 0, 0, C, 1, 1, K, KP, TMA, False), NORM, DT)
+        kk = mm(k16, tl.trans(k16))
+        at = (first + t) * C + square
+        if inverses is not None:
+            tl.store(inverses + at, chunk_inverse(kk, bc, a, C, GATED, DT))
+        if adjoints is not None:
+            tl.store(adjoints + at, chunk_adjoint(kk, bc, a, C, GATED, DT))
+
+
+@triton.jit
 def corrections(S16, vt, kt16, nDt16, a, GATED: tl.constexpr, DT: tl.constexpr):
     """X^T as an operand, from S_0^T and V^T."""
     if GATED:
@@ -99,14 +139,15 @@ def head_factor(
 
 @triton.jit(do_not_specialize=["T", "H", "nseg", "heads"])
 def forward_kernel(
-    q, k, v, beta, decays, o, x, start, final, cu, shift, scale, T, H, nseg, heads,
+    q, k, v, beta, decays, inverses, o, x, start, final, cu, shift, scale, T, H, nseg, heads,
     G: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     TMA_OUT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, RETRY: tl.constexpr,
     DT: tl.constexpr,
 ):  # fmt: skip
     """Grid (documents * H * tiles, segments). A program owns a tile of BV columns of one state, as S^T [BV, KP], and
-    walks its segment chunk by chunk. Per token and head it reads q, k, v, beta, decays and writes o, and x unless None.
+    walks its segment chunk by chunk. Per token and head it reads q, k, v, beta, decays, inverses (found here if None)
+    and writes o, and x unless None.
 
     shift (2, heads): [0] is set where half precision overflowed; the RETRY launch runs those heads only, with v times
     2^shift[1], which is found (RETRY = 1) or read (2). Everything linear in v but o and `final` keeps that factor."""
@@ -135,8 +176,11 @@ def forward_kernel(
     row = (wide(b) * T) * H + h
     bc = tl.load(beta + row + (t0 + rc).to(tl.int64) * H, mask=t0 + rc < t1, other=0.0).to(tl.float32)
     a, aq, total = 0.0, 0.0, 0.0
+    first, _padded = decay_row(nh // H, h, H, cu, T, C, VARLEN)
+    if inverses is not None:
+        inverses += first * C
     if GATED:
-        decays += decay_row(nh // H, h, H, cu, T, C, VARLEN)[0]
+        decays += first
         a, aq, _first, total = load_decays(decays, t0, C, GB)
     for t in tl.range(t0, t1, C, num_stages=STAGES, disable_licm=True):
         after = t + C + rc
@@ -149,7 +193,10 @@ def forward_kernel(
         if RETRY:
             vt = vt * factor
         kt16 = tl.trans(k16)
-        nDt16 = chunk_inverse(mm(k16, kt16), bc, a, C, GATED, DT)
+        if inverses is None:
+            nDt16 = chunk_inverse(mm(k16, kt16), bc, a, C, GATED, DT)
+        else:
+            nDt16 = load_square(inverses, t, C)
         S16 = St.to(DT)
         X16 = corrections(S16, vt, kt16, nDt16, a, GATED, DT)
         Ut = X16.to(tl.float32) * bc[None, :]

@@ -12,10 +12,22 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward import key_kernel, query_kernel, write_kernel
-from .configs import ANCHOR, CHUNK, SCAN, choose, group_block, next_power_of_two, padded, segments
+from .configs import (
+    ANCHOR,
+    CHUNK,
+    INVERSE,
+    LARGEST_WHOLE,
+    Config,
+    choose,
+    group_block,
+    next_power_of_two,
+    padded,
+    segments,
+)  # fmt: skip
 from .decode import step_kernel
-from .forward import forward_kernel
+from .forward import forward_kernel, inverse_kernel
 from .gate import decay_kernel, gate_kernel, largest_kernel, unit_gradient_kernel
+from .products import built
 from .segments import map_kernel, scan_kernel
 
 
@@ -57,7 +69,10 @@ class Case:
     @property
     def whole(self) -> bool:
         """One program of the backward owns a whole state."""
-        return padded(self.K) * padded(self.V) <= (64 * 64 if self.half else 32 * 32)
+        return padded(self.K) * padded(self.V) <= LARGEST_WHOLE[self.half]
+
+    def entry(self, kernel: str) -> Config:
+        return choose(kernel, self.K, self.V, self.is_gated, self.half)
 
     @property
     def heads(self) -> int:
@@ -95,10 +110,11 @@ def case(q, k, v, g, cu_seqlens, normalize: bool, num_segments: int | None = Non
     major, multiprocessors = card(q.device)
     documents = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if num_segments is None:
-        tiles = padded(V) // choose("forward", padded(K), padded(V), g is not None).tile
+        config = choose("forward", K, V, g is not None, half)
+        warps = documents * H * (padded(V) // config.tile) * config.num_warps
         step = CHUNK if g is None else ANCHOR
         # documents of a pack are cut alike, by their mean length
-        num_segments = segments(documents * H * tiles, T // max(documents, 1), step, multiprocessors)
+        num_segments = segments(warps, T // max(documents, 1), step, multiprocessors)
     aligned = K % 8 == 0 and V % 8 == 0 and all(x.storage_offset() % 8 == 0 for x in (q, k, v))
     return Case(
         B, T, H, HQ // H, K, V, documents, g is not None, cu_seqlens is not None, normalize, half,
@@ -119,9 +135,9 @@ def written(c: Case, x: torch.Tensor | None, heads: int, width: int):
 
 
 def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, save: bool):
-    """o, final state, and for the backward x, shift, starts, maps, decays, each None where it is not needed."""
+    """o, final state, and for the backward x, shift, starts, maps, decays, adjoints, each None where not needed."""
     KP, VP = padded(c.K), padded(c.V)
-    config = choose("forward", KP, VP, c.is_gated)
+    config = c.entry("forward")
     GB = group_block(c.G, config.group)
     BV = config.tile
     n = c.segments
@@ -131,12 +147,13 @@ def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, 
     x = torch.empty(v.shape, dtype=torch.float16 if c.half else torch.float32, device=q.device) if save else None
     shift = torch.zeros(2, c.heads, dtype=torch.int32, device=q.device)
     decays = chunk_decays(c, g, cu_seqlens)
+    inverses, adjoints = chunk_inverses(c, k, beta, decays, cu_seqlens, save)
     maps = offsets = starts = None
     if n > 1:
         maps = single(c.heads, n, c.K, c.K, dtype=torch.float32)
         offsets = single(c.heads, n, c.K, c.V, dtype=torch.float32)
         starts = single(c.heads, n, c.K, c.V, dtype=torch.float32)
-    inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, v, 1, BV), beta, decays]
+    inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, v, 1, BV), beta, decays, inverses]
     outputs = [written(c, o, GB, BV), written(c, x, 1, BV)]
     flags = c.shape_flags | {"GB": GB, "BV": BV, "STAGES": config.stages, "num_warps": config.num_warps}
     sizes = (c.T, c.H, n, c.heads)
@@ -144,11 +161,26 @@ def forward(c: Case, q, k, v, beta, g, initial_state, cu_seqlens, scale: float, 
         if n > 1:
             segment_maps(c, k, v, beta, decays, initial_state, offsets, maps, cu_seqlens, shift, retry)
             scan(c, maps, offsets, initial_state, starts, None, shift, reverse=False, retry=retry)
-        forward_kernel[(c.heads * (VP // BV), n)](
+        built(forward_kernel, config)[(c.heads * (VP // BV), n)](
             *inputs, *outputs, initial_state if n == 1 else starts, final, cu_seqlens, shift, scale, *sizes,
             RETRY=retry and (1 if n == 1 else 2), **flags,
         )  # fmt: skip
-    return o, final, x, shift, starts, maps, decays
+    return o, final, x, shift, starts, maps, decays, adjoints
+
+
+def chunk_inverses(c: Case, k, beta, decays, cu_seqlens, save: bool):
+    """Of all chunks, for the forward and, if `save`, for the backward, each None where its walk finds its own."""
+    reads, saves = c.entry("forward").reads_inverse, save and c.entry("write").reads_inverse
+    made = lambda: torch.empty(c.num_decays, CHUNK, dtype=torch.float16 if c.half else torch.float32, device=k.device)
+    inverses, adjoints = made() if reads else None, made() if saves else None
+    if reads or saves:
+        flags = {key: value for key, value in c.shape_flags.items() if key not in ("G", "V", "VP", "STEP", "TMA_OUT")}
+        mean_length = ceil_div(c.T, c.documents) if c.is_packed else c.T
+        inverse_kernel[(c.heads, ceil_div(mean_length, CHUNK * INVERSE.tile))](
+            rows(c, k, 1, padded(c.K)), beta, decays, inverses, adjoints, cu_seqlens, c.T, c.H,
+            STAGES=INVERSE.stages, num_warps=INVERSE.num_warps, **flags,
+        )  # fmt: skip
+    return inverses, adjoints
 
 
 def chunk_decays(c: Case, g, cu_seqlens):
@@ -166,9 +198,9 @@ def chunk_decays(c: Case, g, cu_seqlens):
 
 def segment_maps(c: Case, k, v, beta, decays, initial_state, offsets, maps, cu_seqlens, shift, retry: int) -> None:
     KP, VP = padded(c.K), padded(c.V)
-    config = choose("map", KP, max(KP, VP), c.is_gated)
+    config = c.entry("map")
     flags = {key: value for key, value in c.shape_flags.items() if key not in ("G", "TMA_OUT")}
-    map_kernel[(c.heads * (max(KP, VP) // config.tile), c.segments)](
+    built(map_kernel, config)[(c.heads * (max(KP, VP) // config.tile), c.segments)](
         rows(c, k, 1, KP), rows(c, v, 1, config.tile), beta, decays, initial_state, offsets, maps, cu_seqlens, shift,
         c.T, c.H, c.segments, c.heads,
         BV=config.tile, STAGES=config.stages, RETRY=retry, num_warps=config.num_warps, **flags,
@@ -176,10 +208,11 @@ def segment_maps(c: Case, k, v, beta, decays, initial_state, offsets, maps, cu_s
 
 
 def scan(c: Case, maps, offsets, first, states, last, shift, *, reverse: bool, retry: int) -> None:
-    BV = min(SCAN.tile, padded(c.V))
-    scan_kernel[(c.heads * (padded(c.V) // BV),)](
+    config = c.entry("scan")
+    BV = config.tile
+    built(scan_kernel, config)[(c.heads * (padded(c.V) // BV),)](
         maps, offsets, first, states, last, shift, c.segments,
-        K=c.K, V=c.V, KP=padded(c.K), VP=padded(c.V), BV=BV, REVERSE=reverse, RETRY=retry, num_warps=SCAN.num_warps,
+        K=c.K, V=c.V, KP=padded(c.K), VP=padded(c.V), BV=BV, REVERSE=reverse, RETRY=retry, num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -199,7 +232,7 @@ def in_place_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def backward(
-    c: Case, q, k, v, beta, g, x, shift, starts, maps, decays, do, dfinal, cu_seqlens, scale: float,
+    c: Case, q, k, v, beta, g, x, shift, starts, maps, decays, adjoints, do, dfinal, cu_seqlens, scale: float,
     wants_initial: bool,
 ):  # fmt: skip
     """dq, dk, dv, dbeta, dg (None without a gate), dinitial (None unless wanted).
@@ -208,9 +241,7 @@ def backward(
     KP, VP = padded(c.K), padded(c.V)
     n = c.segments
     B, T, H, heads = c.B, c.T, c.H, c.heads
-    gated = c.is_gated
-    write, key = choose("write", KP, VP, gated), choose("key", VP, KP, gated)
-    query = choose("query", VP, KP, gated)
+    write, key, query = (c.entry(kernel) for kernel in ("write", "key", "query"))
     BV, BK = (VP, KP) if c.whole else (write.tile, query.tile)
     single = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
     most = largest(c, do, dfinal, scale)
@@ -231,31 +262,31 @@ def backward(
 
     GB = group_block(c.G, write.group)
     writing = flags | {"GB": GB, "BV": BV, "STAGES": write.stages, "num_warps": write.num_warps}
-    inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, x, 1, BV), beta, decays, rows(c, do, GB, BV)]
+    inputs = [rows(c, q, GB, KP), rows(c, k, 1, KP), rows(c, x, 1, BV), beta, decays, adjoints, rows(c, do, GB, BV)]
     sizes = (T, H, n, heads, part)
     dlast = dfinal
     if n > 1:
         offsets, dlast = single(heads, n, c.K, c.V), single(heads, n, c.K, c.V)
-        write_kernel[(heads * (VP // BV), n)](
+        built(write_kernel, write)[(heads * (VP // BV), n)](
             *inputs, *[None] * 8, offsets, cu_seqlens, shift, most, scale, *sizes,
             MAP=True, KEYS=False, **writing,
         )  # fmt: skip
         scan(c, maps, offsets, dfinal, dlast, None, shift, reverse=True, retry=0)
-    write_kernel[(heads * (VP // BV), n)](
+    built(write_kernel, write)[(heads * (VP // BV), n)](
         *inputs, dlast, None if c.whole else written(c, dv, 1, BV), written(c, dr, 1, BV), written(c, dk_half, 1, KP),
         dbeta, pairs, z, anchors, dinitial, cu_seqlens, shift, most, scale, *sizes,
         MAP=False, KEYS=c.whole, **writing,
     )  # fmt: skip
     if not c.whole:
         GB = group_block(c.G, key.group)
-        key_kernel[(heads * (KP // key.tile), n)](
+        built(key_kernel, key)[(heads * (KP // key.tile), n)](
             rows(c, q, GB, key.tile), rows(c, k, 1, key.tile), rows(c, k, 1, KP), rows(c, q, GB, KP),
             rows(c, x, 1, VP), beta, decays, rows(c, do, GB, VP), rows(c, dr, 1, VP), dlast,
             written(c, dk_half, 1, key.tile), pairs, z, anchors, cu_seqlens, most, scale, T, H, n, part,
             GB=GB, BK=key.tile, STAGES=key.stages, num_warps=key.num_warps, **flags,
         )  # fmt: skip
     GB = group_block(c.G, query.group)
-    query_kernel[(heads * (KP // BK), n)](
+    built(query_kernel, query)[(heads * (KP // BK), n)](
         rows(c, q, GB, BK), rows(c, k, 1, BK), rows(c, k, 1, KP), rows(c, q, GB, KP), rows(c, x, 1, VP), beta,
         decays, rows(c, do, GB, VP), rows(c, dr, 1, VP), starts, rows(c, dk_half, 1, BK), written(c, dq, GB, BK),
         written(c, dk, 1, BK), written(c, dv, 1, VP) if c.whole else None, y, anchors, edges, cu_seqlens, shift,

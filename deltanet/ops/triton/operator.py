@@ -70,8 +70,10 @@ def forward_operator(
     scale: float,
     normalize: bool,
     save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o, final state; and for the gradient x, shift, starts, maps, decays, which are empty where there are none."""
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:  # fmt: skip
+    """o, final state; for the gradient x, shift, starts, maps, decays, adjoints, empty where there are none."""
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     g = None if g is None else g.contiguous()
     first = None if initial_state is None else initial_state.float().contiguous()
@@ -88,14 +90,15 @@ def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, normalize, save):
     final = q.new_empty(documents, H, K, V, dtype=torch.float32)
     none = lambda: q.new_empty(0)
     if not save:
-        return o, final, *(none() for _ in range(5))
+        return o, final, *(none() for _ in range(6))
     c = _case(q, k, v, g, cu_seqlens, normalize)
     x = v.new_empty(v.shape, dtype=torch.float16 if c.half else torch.float32)
     shift = q.new_empty(2, c.heads, dtype=torch.int32)
     single = lambda rows, columns: q.new_empty(c.heads, c.segments, rows, columns, dtype=torch.float32)
     cut = c.segments > 1
     decays = none() if g is None else q.new_empty(c.num_decays, dtype=torch.float32)
-    return o, final, x, shift, single(K, V) if cut else none(), single(K, K) if cut else none(), decays
+    adjoints = x.new_empty(c.num_decays, launch.CHUNK) if c.entry("write").reads_inverse else none()
+    return o, final, x, shift, single(K, V) if cut else none(), single(K, K) if cut else none(), decays, adjoints
 
 
 @torch.library.custom_op("deltanet::delta_rule_backward", mutates_args=())
@@ -114,6 +117,7 @@ def backward_operator(
     starts: torch.Tensor,
     maps: torch.Tensor,
     decays: torch.Tensor,
+    adjoints: torch.Tensor,
     scale: float,
     normalize: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -122,18 +126,19 @@ def backward_operator(
     g = None if g is None else g.contiguous()
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     c = _case(q, k, v, g, cu_seqlens, normalize)
-    starts, maps, decays = map(_present, (starts, maps, decays))
+    starts, maps, decays, adjoints = map(_present, (starts, maps, decays, adjoints))
     if starts is None and initial_state is not None:
         starts = initial_state.float().contiguous()
     *gradients, dg, dinitial = launch.backward(
-        c, q, k, v, beta, g, x, shift, starts, maps, decays, do, dfinal, cu_seqlens, scale, initial_state is not None
-    )
+        c, q, k, v, beta, g, x, shift, starts, maps, decays, adjoints, do, dfinal, cu_seqlens, scale,
+        initial_state is not None,
+    )  # fmt: skip
     dinitial = q.new_empty(0) if dinitial is None else dinitial.to(initial_state.dtype)
     return *gradients, q.new_empty(0) if dg is None else dg, dinitial
 
 
 @backward_operator.register_fake
-def _(do, dfinal, q, k, v, beta, g, initial_state, cu_seqlens, x, shift, starts, maps, decays, scale, normalize):
+def _(do, dfinal, q, k, v, beta, g, initial_state, *_):
     made = [t.new_empty(t.shape) for t in (q, k, v, beta)]
     return *made, *(q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (g, initial_state))
 

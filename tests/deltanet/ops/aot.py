@@ -1,14 +1,14 @@
 """Compiles exactly the kernels that a call would launch, for a card that is not there.
 
 `recorded` runs a function of launch.py with every launch replaced by a note of its arguments; `compile_for` builds the
-noted kernel ahead of time and reads registers and spilled bytes from the binary.
+noted kernel ahead of time, and reads registers and spilled bytes from the binary and how it multiplies.
 """
 
 import os
 import re
 import subprocess
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from deltanet.ops.triton.products import MmaSync, mma_sync
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -48,8 +50,8 @@ def typed(value) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def compile_for(capability: int, kernel, arguments: dict, options: dict) -> tuple[int, int]:
-    """Registers per thread, and bytes of stack (spills) per thread."""
+def compile_for(capability: int, kernel, arguments: dict, options: dict) -> tuple[int, int, int, bool]:
+    """Registers and bytes of stack (spills) per thread, bytes of shared memory; whether there is wgmma or tcgen05."""
     fixed = {p.name for p in kernel.params if p.is_constexpr}
     constants = {name: value for name, value in arguments.items() if name in fixed or value is None}
     signature = {name: "constexpr" if name in constants else typed(value) for name, value in arguments.items()}
@@ -57,8 +59,10 @@ def compile_for(capability: int, kernel, arguments: dict, options: dict) -> tupl
     signature = {name: signature[name] for name in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return usage(built.asm["cubin"])
+    with mma_sync() if isinstance(kernel, MmaSync) else nullcontext():
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    is_wgmma = bool(re.search(r"wgmma\.mma|tcgen05\.mma", built.asm["ptx"]))
+    return *usage(built.asm["cubin"]), built.metadata.shared, is_wgmma
 
 
 def usage(cubin: bytes) -> tuple[int, int]:

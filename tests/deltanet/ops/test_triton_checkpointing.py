@@ -53,8 +53,9 @@ def test_a_checkpointed_mixer_has_the_same_values_and_gradients(forwards, mixer,
         assert torch.equal(a, b)
 
 
-def test_the_operators_gradient_may_be_taken_inside_a_checkpoint_of_two(forwards):
-    made = torch.randn(4, 1, 18, 1, 16, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.float16, 128)])
+def test_the_operators_gradient_may_be_taken_inside_a_checkpoint_of_two(forwards, dtype, size):
+    made = torch.randn(4, 1, 18, 1, size, generator=torch.Generator().manual_seed(5)).to(DEVICE, dtype)
 
     def twice(q, k, v):
         beta = torch.sigmoid(q[..., 0])

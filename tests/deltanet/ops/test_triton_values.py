@@ -69,8 +69,32 @@ def test_sizes_that_are_not_powers_of_two(size):
 
 
 @pytest.mark.parametrize("decay", [None, "mixed"])
-def test_heads_shared_out_over_tiles(decay):
-    check(T=33, K=128, V=128, decay=decay, G=2, state=True, H=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_heads_shared_out_over_tiles(dtype, decay):
+    check(dtype, T=33, K=128, V=128, decay=decay, G=2, state=True, H=1)
+
+
+@pytest.mark.parametrize("size", [(128, 96), (128, 32), (64, 128), (128, 256)])
+def test_heads_that_are_wide_on_one_side(size):
+    check(T=20, K=size[0], V=size[1], decay="mixed", state=True, H=1, tolerance=1.5e-3)  # few numbers are averaged
+
+
+@pytest.mark.parametrize("decay", [None, "mixed"])
+def test_inverses_of_packed_documents_of_wide_heads(decay):
+    few = {"lengths": (0, 1, 23, 0, 16), "tolerance": 2e-3}
+    check(T=40, K=128, V=96, decay=decay, state=True, H=1, G=3, normalize=True, **few)
+
+
+@pytest.mark.parametrize(("heads", "size", "expected"), [(32, 64, 16), (16, 128, 16), (512, 64, 1), (256, 128, 1)])
+def test_few_sequences_are_cut_until_eight_warps_are_on_every_multiprocessor(monkeypatch, heads, size, expected):
+    monkeypatch.setattr(launch, "card", lambda device: (9, 132))
+    q = torch.empty(1, 32768, heads, size, device="meta", dtype=torch.bfloat16)
+    assert launch.case(q, q, q, None, None, False).segments == expected
+
+
+def test_segments_of_wide_heads(cut):
+    cut(segments=2)
+    check(T=70, K=128, V=128, state=True, H=1)
 
 
 def test_three_query_heads_go_one_by_one():
@@ -124,12 +148,16 @@ def test_decays_that_forget_everything_or_nothing(decay):
     check(torch.float16, T=64, decay=decay, H=1, tolerance=2e-3)  # what is left near 0 is 1e-5 of what was there
 
 
-@pytest.mark.parametrize("segments", [1, 2])
-def test_values_beyond_half_precision_stay_finite_and_exact(cut, segments):
+@pytest.mark.parametrize(
+    ("segments", "size", "state"),
+    [(1, (16, 16), True), (2, (16, 16), True), (2, (64, 16), False), (2, (128, 128), True)],
+)
+def test_values_beyond_half_precision_stay_finite_and_exact(cut, segments, size, state):
     cut(segments=segments)
-    made = inputs(64, K=16, V=16, state=True, dtype=torch.float64)
+    made = inputs(64, K=size[0], V=size[1], state=state, dtype=torch.float64)
     made.v[:, :, 1] *= 3e20  # float32 inputs as the kernels take them for bfloat16: operands in half precision
-    made.initial_state[:, 1] *= 1e20
+    if state:
+        made.initial_state[:, 1] *= 1e20
     given = made.to(torch.float32)
     truth = gradients(given.to(torch.float64), reference.delta_rule, scale=0.3, normalize_qk=False)
 
@@ -182,9 +210,13 @@ def test_decoding_updates_the_state_in_place(T):
     assert error(made.initial_state, final) < 1e-6
 
 
-def test_operators_keep_their_contracts():
-    made = inputs(18, K=16, V=32, G=2, H=1, decay="mixed", state=True, dtype=torch.float32).to(DEVICE).with_grad()
-    arguments = (made.q, made.k, made.v, made.beta, made.g, made.initial_state, None, 0.3, False, True)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, (16, 32)), (torch.float16, (128, 128))])
+@pytest.mark.parametrize("save", [True, False])
+def test_operators_keep_their_contracts(dtype, size, save):
+    made = inputs(18, K=size[0], V=size[1], G=2, H=1, decay="mixed", state=True, dtype=dtype).to(DEVICE).with_grad()
+    arguments = (made.q, made.k, made.v, made.beta, made.g, made.initial_state, None, 0.3, False, save)
+    *_, adjoints = operator.forward_operator(*arguments)
+    assert (adjoints.numel() > 0) == (save and size == (128, 128))
     torch.library.opcheck(
         operator.forward_operator,
         arguments,
