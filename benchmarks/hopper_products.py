@@ -2,7 +2,7 @@
 
     python benchmarks/hopper_products.py
 
-Our table of configurations has no entry above two warps, because of reports against chunk kernels of another library
+Few entries of our table of configurations have four warps, because of reports against chunk kernels of another library
 with chunks of 64 and four warps (flash-linear-attention, issues 640 and 984): products whose operand is the transpose
 of another product's result, which four warps compute by wgmma. The kernels below are the smallest with that shape: the
 gradients of masked scores, and of the inverse of a chunk. Each runs with 1, 2, 4 and 8 warps on bfloat16 and is
