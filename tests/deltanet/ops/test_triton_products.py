@@ -1,12 +1,17 @@
 """The environment while a kernel compiles whose products stay mma.sync, and afterwards."""
 
+import json
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
+import deltanet
 import deltanet.ops.triton as kernels
 from deltanet.ops.triton import forward, products
 
@@ -68,6 +73,24 @@ def test_no_thread_takes_the_switches_from_another(before):
     other.join()
     assert done == [dict.fromkeys(products.SWITCHES, "1")]
     assert switches() == before
+
+
+def test_kernels_are_launched_with_the_products_their_entries_want(tmp_path):
+    clean = {k: v for k, v in os.environ.items() if k not in (*products.SWITCHES, "TRITON_INTERPRET")}
+    paths = os.pathsep.join(
+        str(path) for path in (Path(deltanet.__file__).parents[1], os.environ.get("PYTHONPATH", ""))
+    )
+    environment = clean | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("fake_card.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    found = json.loads(done.stdout)
+    assert found["launched"] == [
+        "inverse_kernel", "forward_kernel", "forward_kernel",  # the second for heads that overflowed
+        "largest_kernel", "write_kernel", "key_kernel", "query_kernel",
+    ]  # fmt: skip
+    assert found["wgmma"] == ["query_kernel"]
+    assert found["switches"] == dict.fromkeys(products.SWITCHES)
 
 
 @pytest.mark.gpu
