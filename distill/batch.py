@@ -15,10 +15,10 @@ from .packing import IGNORED, Sequence
 
 @dataclass(frozen=True)
 class Batch:
-    """N = all tokens of the micro-batch. input_ids, targets, position_ids (1, N) int64; real (1, N) bool, false at
-    padding; cu_seqlens (pieces + 1) int32. `targets` is already shifted: the next token, or IGNORED; `valid` (targets)
-    int64: the places of those that are not. longest: tokens of the longest piece. top_k, with a cache of the teacher: a
-    row for each target, in their order.
+    """N = all tokens of the micro-batch. input_ids, targets, position_ids (1, N) int64; cu_seqlens (pieces + 1) int32;
+    `real` (tokens) int64: the places of what is no padding. `targets` is already shifted: the next token, or IGNORED;
+    `valid` (targets) int64: the places of those that are not. longest: tokens of the longest piece. top_k, with a cache
+    of the teacher: a row for each target, in their order.
 
     What the host knows is here, so that no pass has to ask the device for it and wait."""
 
@@ -51,7 +51,7 @@ def make_batch(sequences: Many[Sequence], device: torch.device | str = "cpu") ->
         ids, log_p, log_rest = map(np.concatenate, zip(*(sequence.top_k for sequence in sequences)))
         return normalised(TopK(sent(ids.astype(np.int32)).long(), sent(log_p).float(), sent(log_rest).float()))
 
-    real = [np.arange(length) < sequence.num_tokens for length, sequence in zip(lengths, sequences)]
+    real = [start + np.arange(sequence.num_tokens) for start, sequence in zip(starts, sequences)]
     bounds = [sequence.cu_seqlens[1:] + start for sequence, start in zip(sequences, starts)]
     cu_seqlens = np.concatenate([[0], *bounds]).astype(np.int32)
     targets = [sequence.targets for sequence in sequences]
@@ -59,7 +59,7 @@ def make_batch(sequences: Many[Sequence], device: torch.device | str = "cpu") ->
         input_ids=row([sequence.input_ids for sequence in sequences]),
         targets=row(targets),
         position_ids=row([sequence.position_ids for sequence in sequences]),
-        real=row(real),
+        real=sent(np.concatenate(real)),
         cu_seqlens=sent(cu_seqlens),
         valid=sent(np.flatnonzero(np.concatenate(targets) != IGNORED)),
         longest=int(np.diff(cu_seqlens).max()),

@@ -2,7 +2,9 @@
 
 Each is a sum over valid positions divided by the *global* number of valid tokens (preferences: of pairs), zero when
 there is none, and has gradients of exactly zero at positions that are not valid. Arithmetic in float32 (float64 for
-float64). The losses over the vocabulary are in `losses.py`. Twin: tests/distill/test_hidden_losses.py.
+float64). `valid` (n) int64 are the places of the valid positions when all are laid flat: a mask would have the host
+wait for the device to count them. The losses over the vocabulary are in `losses.py`.
+Twin: tests/distill/test_hidden_losses.py.
 """
 
 from collections.abc import Sequence
@@ -11,20 +13,21 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-Count = int | torch.Tensor
+Count = float | torch.Tensor
 
 
 def _wide(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """The valid rows (n, D) in the computing dtype; the others get no gradient, whatever they hold."""
-    return x[valid].to(torch.promote_types(x.dtype, torch.float32))
+    return x.flatten(0, -2)[valid].to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mean(values: torch.Tensor, count: Count) -> torch.Tensor:
-    return values.sum() / torch.as_tensor(count, device=values.device).clamp(min=1)
+    count = count.to(values.device) if isinstance(count, torch.Tensor) else values.new_full((), count)
+    return values.sum() / count.clamp(min=1)
 
 
 def mse(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, num_valid: Count) -> torch.Tensor:
-    """Mean over positions of the mean square over D. student, teacher (..., D), valid (...) bool."""
+    """Mean over positions of the mean square over D. student, teacher (..., D), valid (n)."""
     return _mean((_wide(student, valid) - _wide(teacher.detach(), valid)).square().mean(-1), num_valid)
 
 

@@ -18,7 +18,6 @@ from deltanet import DeltaNetForCausalLM
 from . import hidden_losses
 from .batch import Batch, num_real, num_targets
 from .losses import VOCABULARY_LOSSES, Term, token_logprobs, vocabulary_loss
-from .packing import IGNORED
 from .packing import Sequence as Packed
 from .preferences import num_pairs, pair_sums
 from .schema import WITHOUT_TEACHER, Stage
@@ -171,13 +170,12 @@ class Whole(nn.Module):
                 vocab_size=self.vocab_size,
                 chunk_tokens=self.chunk_tokens,
             )
-        valid = batch.targets != IGNORED
         for term in states:
             if term.name == "layer_cosine":
-                value = hidden_losses.layer_cosine(made.hidden_states, valid, count)
+                value = hidden_losses.layer_cosine(made.hidden_states, batch.valid, count)
             else:
                 pairs = list(zip(made.hidden_states, goal.hidden_states))[1:]
-                value = sum(_STATE_LOSSES[term.name](mine, its, valid, count) for mine, its in pairs) / len(pairs)
+                value = sum(_STATE_LOSSES[term.name](*pair, batch.valid, count) for pair in pairs) / len(pairs)
             loss, parts[term.name] = loss + term.weight * value, value.detach()
         return loss, parts
 

@@ -14,14 +14,18 @@ def problem(seed=0):
     generator = torch.Generator().manual_seed(seed)
     student = torch.randn(2, 9, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(2, 9, 5, generator=generator, dtype=torch.float64)
-    valid = torch.rand(2, 9, generator=generator) > 0.4
-    return student, teacher, valid
+    mask = torch.rand(2, 9, generator=generator) > 0.4
+    return student, teacher, mask
+
+
+def places(mask):
+    return mask.flatten().nonzero()[:, 0]
 
 
 def test_values_by_their_formulas():
-    student, teacher, valid = problem()
-    rows = [(student[i], teacher[i]) for i in map(tuple, valid.nonzero().tolist())]
-    count = len(rows)
+    student, teacher, mask = problem()
+    rows = [(student[i], teacher[i]) for i in map(tuple, mask.nonzero().tolist())]
+    valid, count = places(mask), len(rows)
     square = [((s - t) ** 2).sum().item() for s, t in rows]
     assert mse(student, teacher, valid, count).item() == pytest.approx(sum(square) / 5 / count, rel=1e-12)
     assert l2(student, teacher, valid, count).item() == pytest.approx(
@@ -33,8 +37,8 @@ def test_values_by_their_formulas():
 
 @PAIRED
 def test_equal_states_have_no_loss_and_no_gradient(loss):
-    student, _, valid = problem()
-    value = loss(student, student.detach(), valid, 4)
+    student, _, mask = problem()
+    value = loss(student, student.detach(), places(mask), 4)
     value.backward()
     assert value.abs() < 1e-15
     assert student.grad.abs().max() < 1e-15
@@ -42,22 +46,23 @@ def test_equal_states_have_no_loss_and_no_gradient(loss):
 
 @PAIRED
 def test_positions_that_are_not_valid_have_gradient_zero_even_with_nan(loss):
-    student, teacher, valid = problem()
+    student, teacher, mask = problem()
+    valid = places(mask)
     poisoned = student.detach().clone()
-    poisoned[~valid] = math.nan
+    poisoned[~mask] = math.nan
     poisoned.requires_grad_()
-    value = loss(poisoned, teacher, valid, int(valid.sum()))
-    assert value == loss(student, teacher, valid, int(valid.sum()))
+    value = loss(poisoned, teacher, valid, len(valid))
+    assert value == loss(student, teacher, valid, len(valid))
     value.backward()
-    assert (poisoned.grad[~valid] == 0).all()
-    assert poisoned.grad[valid].isfinite().all()
-    assert (poisoned.grad[valid] != 0).any()
+    assert (poisoned.grad[~mask] == 0).all()
+    assert poisoned.grad[mask].isfinite().all()
+    assert (poisoned.grad[mask] != 0).any()
 
 
 @PAIRED
 def test_no_valid_position_gives_zero(loss):
-    student, teacher, valid = problem()
-    value = loss(student, teacher, torch.zeros_like(valid), 0)
+    student, teacher, mask = problem()
+    value = loss(student, teacher, places(mask & False), 0)
     value.backward()
     assert value == 0
     assert (student.grad == 0).all()
@@ -65,32 +70,41 @@ def test_no_valid_position_gives_zero(loss):
 
 @PAIRED
 def test_parts_sum_to_the_whole_under_the_global_count(loss):
-    student, teacher, valid = problem()
-    count = int(valid.sum())
-    parts = [loss(student[i], teacher[i], valid[i], count) for i in range(2)]
-    assert sum(parts).item() == pytest.approx(loss(student, teacher, valid, count).item(), rel=1e-12)
+    student, teacher, mask = problem()
+    count = int(mask.sum())
+    parts = [loss(student[i], teacher[i], places(mask[i]), count) for i in range(2)]
+    assert sum(parts).item() == pytest.approx(loss(student, teacher, places(mask), count).item(), rel=1e-12)
 
 
 @PAIRED
 def test_zero_vectors_give_finite_gradients(loss):
     student = torch.zeros(3, 5, requires_grad=True)
-    loss(student, torch.zeros(3, 5), torch.ones(3, dtype=torch.bool), 3).backward()
+    loss(student, torch.zeros(3, 5), torch.arange(3), 3).backward()
     assert student.grad.isfinite().all()
+
+
+@PAIRED
+def test_no_loss_asks_the_device_how_many_positions_are_valid(loss):
+    """On a device that has no values it could not be told; on a GPU the host would wait for it."""
+    with torch.device("meta"):
+        student, teacher, valid = torch.empty(2, 9, 5, requires_grad=True), torch.empty(2, 9, 5), torch.arange(4)
+    (loss(student, teacher, valid, 4) + layer_cosine([student, teacher], valid, 4)).backward()
+    assert student.grad.shape == student.shape
 
 
 def test_layer_cosine_sums_over_neighbouring_layers():
     generator = torch.Generator().manual_seed(3)
     layers = [torch.randn(7, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    valid = torch.tensor([True, False, True, True, False, False, True])
-    expected = 0.0
+    mask = torch.tensor([True, False, True, True, False, False, True])
+    valid, expected = places(mask), 0.0
     for before, after in ((layers[0], layers[1]), (layers[1], layers[2])):
-        for position in valid.nonzero()[:, 0]:
+        for position in valid:
             a, b = after[position], before[position]
             expected += (1 - (a @ b / a.norm() / b.norm()).item()) / 4
     value = layer_cosine(layers, valid, 4)
     assert value.item() == pytest.approx(expected, rel=1e-12)
     value.backward()
-    assert all((layer.grad[~valid] == 0).all() and (layer.grad[valid] != 0).any() for layer in layers)
+    assert all((layer.grad[~mask] == 0).all() and (layer.grad[mask] != 0).any() for layer in layers)
     assert layer_cosine(layers[:1], valid, 4) == 0
     same = [layers[0].detach(), 2 * layers[0].detach()]
     assert layer_cosine(same, valid, 4).abs() < 1e-12

@@ -21,7 +21,9 @@ def test_a_batch_is_its_sequences_end_to_end():
     assert bounds == sorted(set(bounds))
     assert bounds[-1] == BATCH.input_ids.shape[1]
     assert all(BATCH.position_ids[0, start] == 0 for start in bounds[:-1])
-    assert int(BATCH.real.sum()) == num_real(SEQUENCES)
+    spans = zip(np.cumsum([0, *(len(s.input_ids) for s in SEQUENCES)]), SEQUENCES)
+    assert BATCH.real.tolist() == [start + i for start, s in spans for i in range(s.num_tokens)]
+    assert len(BATCH.real) == num_real(SEQUENCES)
     assert int((BATCH.targets >= 0).sum()) == num_targets(SEQUENCES)
     assert BATCH.valid.tolist() == (BATCH.targets[0] >= 0).nonzero()[:, 0].tolist()
     assert BATCH.longest == int(BATCH.cu_seqlens.diff().max())
@@ -41,7 +43,7 @@ def test_align_is_the_mean_over_layers_of_each_mixer_against_its_attention():
     by_hand = 0.0
     for index, (x, kwargs, wanted) in states.items():
         made = student.model.layers[index].self_attn(x, kwargs["position_embeddings"], cu_seqlens=BATCH.cu_seqlens)[0]
-        by_hand += (made - wanted)[BATCH.real].square().mean(-1).sum() / num_real(SEQUENCES) / 2
+        by_hand += (made - wanted)[0, BATCH.real].square().mean(-1).sum() / num_real(SEQUENCES) / 2
     torch.testing.assert_close(loss, by_hand)
 
 
