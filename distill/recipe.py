@@ -153,18 +153,19 @@ def _override(raw: _Raw, text: str) -> None:
     key, equals, written = text.partition("=")
     if not equals or not key or key.startswith("-"):
         raise UserError(f"{COMMAND_LINE}: {mask(text)!r} is not key.path=value, such as training.seed=1")
-    place = f"{COMMAND_LINE} {key}"
-    value = written if written.startswith("{recipes}/") else _read_value(written, place)
-    parts, path, node = key.split("."), [], raw.value
+    place, parts = f"{COMMAND_LINE} {key}", key.split(".")
+    if written.startswith(f"{FOLDER}/"):  # which is a mapping to YAML
+        written = json.dumps(written, ensure_ascii=False)
+    value, _ = read_yaml(written, COMMAND_LINE, tuple(parts))
+    path, node = [], raw.value
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
-            names = _called(node, tuple(path))
-            step = int(part) if part.isdecimal() else names.index(part) if part in names else len(node)
-            if step >= len(node):
+            places, names = [str(index) for index in range(len(node))], _called(node, tuple(path))
+            if part not in places + names:
                 known = [name for name in names if name is not None]
-                choice = [*map(str, range(len(node))), *known]
-                raise UserError(f"{place}: {part!r} is none of {', '.join(choice)}{nearest(part, known)}")
+                raise UserError(f"{place}: {part!r} is none of {', '.join(places + known)}{nearest(part, known)}")
+            step = (places if part in places else names).index(part)
         elif isinstance(node, dict):
             step = part
             if not last and node.get(step) is None:
@@ -179,13 +180,6 @@ def _override(raw: _Raw, text: str) -> None:
     for old in [old for old in raw.places if old[: len(path)] == tuple(path)]:
         del raw.places[old]
     raw.places[tuple(path)] = COMMAND_LINE
-
-
-def _read_value(written: str, place: str) -> Any:
-    try:
-        return read_yaml(written, place)[0]
-    except UserError as error:
-        raise UserError(str(error).replace(f"{place}:1", place, 1)) from None  # a command line has no lines
 
 
 def _refuse_secrets(raw: _Raw, value: Any, path: KeyPath) -> None:

@@ -1,8 +1,8 @@
 """Reading YAML strictly, with the line of every key, and writing it so that reading gives the same values.
 
 Scalars follow YAML 1.2: `1e-5` is a number, `017` is seventeen, `on`, `yes`, `12:30` and `1_000` are text. Refused,
-each with its line: a key twice, `.nan` and `.inf`, tags, keys that are not text. Twin:
-tests/distill/test_yaml_lines.py.
+each with its line: a key twice, `.nan` and `.inf`, whole numbers of more than 64 bits, tags, keys that are not text,
+and what is nested deeper than DEEPEST. Twin: tests/distill/test_yaml_lines.py.
 """
 
 import math
@@ -15,6 +15,7 @@ from deltanet_errors import UserError
 
 KeyPath = tuple[str | int, ...]
 LARGEST = 100_000  # values in one document, aliases expanded
+DEEPEST = 100  # keys above one another
 SHOWN = 40  # characters of a value in a message
 
 _RULES = [  # (tag, pattern, first characters), tried in this order
@@ -53,33 +54,52 @@ for _tag, _pattern, _first in _RULES:
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _compiled, _first)
 
 
-def read_yaml(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
+def read_yaml(text: str, origin: str, at: KeyPath = ()) -> tuple[Any, dict[KeyPath, int]]:
     """The value of a document and the line (from 1) of every key path in it; `origin` heads the error messages.
 
-    Raises UserError `origin:line: ...` for anything this file's head refuses and for broken YAML.
+    at: the key whose value this is, where `origin` is not a file and has no lines; paths begin with it. Raises
+    UserError `origin:line: ...`, or with `at` `origin key.path: ...`, for anything this file's head refuses and for
+    broken YAML.
     """
-    lines: dict[KeyPath, int] = {}
+    place = _Place(origin, at)
     try:
+        if len(at) > DEEPEST:
+            raise RecursionError
         node = _Loader(text).get_single_node()
-        return (None if node is None else _value(node, (), lines, origin, ())), lines
+        return (None if node is None else _value(node, at, place, ())), place.lines
     except RecursionError:
-        raise UserError(f"{origin}: not YAML that this can read: nested too deep") from None
+        where = f"{origin} {_short(dotted(at))}".rstrip()
+        raise UserError(f"{where}: nested too deep; allowed are {DEEPEST} keys above one another") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{origin}:{mark.line + 1}" if mark else origin
+        where = place.of(mark.line + 1 if mark else None)
         raise UserError(f"{where}: not YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{origin}: not YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{place.of()}: not YAML: {str(error).splitlines()[0]}") from None
 
 
-def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], origin: str, above: tuple) -> Any:
+class _Place:
+    """Where a document comes from, and the line of every key in it."""
+
+    def __init__(self, origin: str, at: KeyPath):
+        self.origin, self.at, self.lines = origin, at, {}
+
+    def of(self, line: int | None = None, path: KeyPath = ()) -> str:
+        """`file:line key.path`, or of an override `command line key.path`."""
+        where = self.origin if self.at or line is None else f"{self.origin}:{line}"
+        return f"{where} {dotted(path or self.at)}".rstrip()
+
+
+def _value(node: yaml.Node, path: KeyPath, place: _Place, above: tuple) -> Any:
     line = node.start_mark.line + 1
-    lines.setdefault(path, line)
-    if node in above or len(lines) > LARGEST:
-        raise UserError(f"{origin}:{line}: aliases that make the document endless, or over {LARGEST} values")
+    place.lines.setdefault(path, line)
+    if node in above or len(place.lines) > LARGEST:
+        raise UserError(f"{place.of(line)}: aliases that make the document endless, or over {LARGEST} values")
+    if len(path) > DEEPEST:
+        raise RecursionError
     tag = node.tag.removeprefix("tag:yaml.org,2002:")
     if isinstance(node, yaml.SequenceNode) and tag == "seq":
-        return [_value(item, (*path, i), lines, origin, (*above, node)) for i, item in enumerate(node.value)]
+        return [_value(item, (*path, i), place, (*above, node)) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode) and tag == "map":
         result = {}
         for key_node, value_node in node.value:
@@ -87,18 +107,17 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], origin: st
             key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
                 shown = key if isinstance(key, str) else "a list or mapping"
-                raise UserError(f"{origin}:{key_line}: the key {shown!r} is not text; quote it")
+                raise UserError(f"{place.of(key_line)}: the key {shown!r} is not text; quote it")
+            inner = (*path, key)
             if key in result:
-                first = lines[(*path, key)]
-                raise UserError(
-                    f"{origin}:{key_line} {dotted((*path, key))}: the key is there twice, first in line {first}"
-                )
-            lines[(*path, key)] = key_line
-            result[key] = _value(value_node, (*path, key), lines, origin, (*above, node))
+                first = "" if place.at else f", first in line {place.lines[inner]}"
+                raise UserError(f"{place.of(key_line, inner)}: the key is there twice{first}")
+            place.lines[inner] = key_line
+            result[key] = _value(value_node, inner, place, (*above, node))
         return result
     if isinstance(node, yaml.ScalarNode) and tag in ("str", "null", "bool", "int", "float"):
-        return _scalar(tag, node.value, f"{origin}:{line} {dotted(path)}".rstrip())
-    raise UserError(f"{origin}:{line}: the tag {node.tag!r} is not allowed; plain values only")
+        return _scalar(tag, node.value, place.of(line, path))
+    raise UserError(f"{place.of(line)}: the tag {node.tag!r} is not allowed; plain values only")
 
 
 def _scalar(tag: str, text: str, where: str) -> Any:
@@ -110,14 +129,21 @@ def _scalar(tag: str, text: str, where: str) -> Any:
         if tag == "bool":
             return {"true": True, "false": False}[text.lower()]
         if tag == "int":
-            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+            number = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+            if -(1 << 63) <= number < 1 << 63:
+                return number
+            raise ValueError
         number = float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
     except (ValueError, KeyError):
-        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-        raise UserError(f"{where}: {shown!r} is not a value of the tag {tag}") from None
+        kind = "whole number of 64 bits" if tag == "int" else f"value of the tag {tag}"
+        raise UserError(f"{where}: {_short(text)!r} is not a {kind}") from None
     if not math.isfinite(number):
-        raise UserError(f"{where}: {text} is not a finite number")
+        raise UserError(f"{where}: {_short(text)} is not a finite number")
     return number
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def write_yaml(value: Any) -> str:

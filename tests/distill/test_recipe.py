@@ -158,8 +158,8 @@ def test_an_override_names_what_there_is(old, new, override, message):
 def test_an_override_that_is_no_yaml_has_no_line_but_may_begin_with_the_folder_of_the_recipes():
     with pytest.raises(UserError, match=r"^command line training.seed: not YAML: "):
         parse("", "", "training.seed=[1")
-    with pytest.raises(UserError, match=r"^command line training seed: the key is there twice"):
-        parse("", "", "training={seed: 1, seed: 2}")
+    with pytest.raises(UserError, match=r"^command line training.seed: the key is there twice$"):
+        parse("", "", "training={seed: 1,\nseed: 2}")
     recipe = parse("", "", "data.sources.0.path={recipes}/demo/text.txt")
     assert recipe.data.sources[0].path == (str(recipes_folder() / "demo" / "text.txt"),)
 
@@ -194,6 +194,11 @@ def test_overrides_change_keys_by_place_and_by_name():
     [
         ("training.lr=1", "command line training.lr: unknown key; allowed: batch_size"),
         ("training.seed=x", "command line training.seed: got 'x' (text), expected a whole number"),
+        (f"training.seed=0x{'f' * 4000}", f"command line training.seed: '0x{'f' * 38}...' is not a whole number of 64"),
+        (f"stages.{'9' * 5000}.lr=1", "command line stages.99"),
+        (f"{'a.' * 599}a=1", f"command line {'a.' * 20}...: nested too deep; allowed are 100 keys"),
+        (f"{'a.' * 599}a={{recipes}}/x", f"command line {'a.' * 20}...: nested too deep; allowed are 100 keys"),
+        (f"deepspeed.extra.{'a.' * 60}a={'{a: ' * 60}1{'}' * 60}", "command line deepspeed.extra.a.a.a"),
         ("stages.0.lr=.inf", "command line stages.0.lr: .inf is not a finite number"),
         ("stages.distill.lr=1", "command line stages.distill.lr: 'distill' is none of 0, 1, align, distil (did"),
         ("stages.2.lr=1", "command line stages.2.lr: '2' is none of 0, 1, align, distil"),
