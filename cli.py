@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentPar
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 1 << 63:
+    if not re.fullmatch(r"\d{1,19}", text) or int(text) >= 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 

@@ -7,6 +7,7 @@ heads every complaint about it. Nothing here tokenises. Twin: tests/convert/test
 import gzip
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,8 +122,9 @@ def _json(text: str, file: str | Path, line: int) -> object:
         raise UserError(f"{file}:{line + error.lineno - 1}: not JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise UserError(f"{file}:{line}: not JSON: nested too deep") from None
-    except ValueError as error:  # a number with more digits than Python takes
-        raise UserError(f"{file}:{line}: not JSON: {error}") from None
+    except ValueError:  # what else Python refuses
+        most = sys.get_int_max_str_digits()
+        raise UserError(f"{file}:{line}: a number of more than {most:,} digits, which is too long to be read") from None
 
 
 def _parquet_records(file: str | Path) -> Iterator[tuple[str, object]]:

@@ -167,6 +167,7 @@ def test_what_is_wrong_with_a_path_is_wrong_input(capsys):
         (["--skip-conv", "x"], "argument --skip-conv: invalid int value: 'x'"),
         (["--seed", "1" + "0" * 30], "argument --seed: '1" + "0" * 30 + "' is not a whole number from 0 to 2^63 - 1"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number"),
+        (["--seed", "9" * 5000], f"argument --seed: '{'9' * 5000}' is not a whole number"),
         (["--nix"], "unrecognized arguments: --nix"),
     ],
 )

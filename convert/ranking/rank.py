@@ -5,6 +5,7 @@ own stream, so that one calibration serves every layout.
 """
 
 import copy
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,7 +46,7 @@ def parse_method(text: str) -> tuple[str, int]:
     method, colon, steps = text.partition(":")
     if method not in METHODS:
         raise UserError(f"--rank {text}: allowed are {', '.join(METHODS)}{nearest(method, list(METHODS))}")
-    if colon and (method != "distilled" or not steps.isdecimal() or int(steps) < 1):
+    if colon and (method != "distilled" or not re.fullmatch(r"\d{1,18}", steps) or int(steps) < 1):
         raise UserError(f"--rank {text}: only distilled takes a number, of steps, 1 or more, as in distilled:{STEPS}")
     return method, int(steps) if colon else STEPS
 

@@ -85,6 +85,7 @@ def test_a_ranking_that_is_none_is_refused(tmp_path, content, says):
         ("every:0", "from 1 to 8"),
         ("every:9", "from 1 to 8"),
         ("every:x", "'x'"),
+        (f"every:{'9' * 5000}", "from 1 to 8"),
         ("every:", "unknown layout"),
         ("layers:8", "from 0 to 7"),
         ("layers:-1", "'-1'"),

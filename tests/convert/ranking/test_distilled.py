@@ -91,7 +91,9 @@ def test_the_number_of_steps_is_part_of_the_method(text, found):
     assert parse_method(text) == found
 
 
-@pytest.mark.parametrize("text", ["distilled:", "distilled:0", "distilled:-1", "distilled:few", "greedy:3"])
+@pytest.mark.parametrize(
+    "text", ["distilled:", "distilled:0", "distilled:-1", "distilled:few", "greedy:3", f"distilled:{'9' * 5000}"]
+)
 def test_another_number_is_refused(text):
     with pytest.raises(UserError, match=f"--rank {text}: only distilled takes a number, of steps, 1 or more"):
         parse_method(text)
