@@ -210,7 +210,8 @@ def read_answer(record: dict, place: str, key: str, field: str | None = None) ->
     """The conversation that ends with the assistant's answer under `key`: a text, a turn, or a list of turns.
 
     Its prompt is there if the list does not begin with an answer; else it is `messages` or the like, or `prompt`;
-    `field` names another. Raises UserError headed by `place`.
+    `field` names another. Raises UserError headed by `place`, also for a prompt that ends with the assistant: some
+    (TRL) take that for the beginning of the answer, and a chat template for a turn before it.
     """
     shapes = (*MESSAGES, COMPLETION[:1]) if field is None else ((field,),)
     asked = pick(record, shapes)
@@ -221,6 +222,8 @@ def read_answer(record: dict, place: str, key: str, field: str | None = None) ->
         turns = _turns(record[asked[0]], f"{place} {asked[0]}", "user") + turns
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise UserError(f"{place} {key}: expected a prompt and then the assistant's answer")
+    if turns[-2]["role"] == "assistant":
+        raise UserError(f"{place} {key}: the prompt ends with the assistant; it must end with what is answered")
     return turns
 
 

@@ -48,6 +48,8 @@ def test_every_form_gives_the_same_two_conversations(record):
         ({"chosen": "g", "rejected": "b"}, "s:1 chosen: expected a prompt and then the assistant's answer"),
         ({"chosen": [*PROMPT, GOOD], "rejected": [{"role": "user", "content": "p"}, BAD]}, "answer different prompts"),
         ({"prompt": "q", "chosen": 1, "rejected": "b"}, "s:1 chosen: expected a list of messages"),
+        ({"prompt": [*PROMPT, GOOD], "chosen": "g", "rejected": "b"}, "s:1 chosen: the prompt ends with the assistant"),
+        ({"chosen": [*PROMPT, BAD, GOOD], "rejected": [*PROMPT, BAD, BAD]}, "chosen: the prompt ends with the assist"),
         ("text", "s:1: expected an object with chosen and rejected, got str"),
     ],
 )
