@@ -7,6 +7,7 @@ heads every complaint about it. Nothing here tokenises. Twin: tests/convert/test
 import gzip
 import json
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,9 @@ COMPLETION, INSTRUCTION, PAIR = ("prompt", "completion"), ("instruction", "outpu
 CHATS: tuple[Keys, ...] = (*MESSAGES, COMPLETION, INSTRUCTION, PAIR)
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
+FILE, FOLDER = "a file", "a folder"
+KINDS = {stat.S_IFREG: FILE, stat.S_IFDIR: FOLDER, stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
 Messages = list[dict[str, str]]
 Document = str | Messages
 
@@ -32,15 +36,27 @@ def check_file(file: str | Path, named: str, words: Sequence[str] = ()) -> None:
     """Raises UserError headed by `named` for what is no file, or none of a kind that is read, nor one of `words`."""
     if file in words:
         return
-    if os.path.isdir(file):
+    kind = kind_of(file)
+    if kind == FOLDER:
         raise UserError(f"{named} is a folder; name the files in it")
+    if kind not in (None, FILE):
+        raise UserError(f"{named} is {kind}; texts are read more than once, so write them to a file first")
     if suffix_of(file) is None:
         allowed = ", ".join((*SUFFIXES, "each also .gz", *words))
         raise UserError(f"{named}: not a text this can read; allowed: {allowed}")
-    if not os.path.exists(file) and os.path.islink(file):
+    if kind is None and os.path.islink(file):
         raise UserError(f"{named} is a link to a file that is not there")
-    if not os.path.isfile(file):
+    if kind is None:
         raise UserError(f"{named}: no such file")
+
+
+def kind_of(path: str | Path) -> str | None:
+    """What stands at the path, or where a link there leads: one of KINDS, None where nothing does."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return None
+    return KINDS.get(stat.S_IFMT(mode), "a device")
 
 
 def read_documents(file: str | Path) -> list[Document]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from convert.text_files import kind_of
 from deltanet_errors import UserError, nearest
 
 from .recipe_rules import MISSING, broken_rules
@@ -138,7 +139,8 @@ def _find(path: str | Path) -> Path:
         return shipped / f"{path}.yaml"
     if str(path) in names or (file.parent.name == "recipes" and file.name in names and not file.is_absolute()):
         return shipped / file.name
-    what = "is a folder" if file.is_dir() else "no such file"
+    kind = kind_of(file)
+    what = "no such file" if kind is None else f"is {kind}, not a file"
     raise UserError(f"{path}: {what}; shipped recipes: {', '.join(names)}{nearest(file.name, names)}")
 
 

@@ -3,6 +3,7 @@ convert/text_files.py."""
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -165,3 +166,10 @@ def test_odd_names_are_read(tmp_path, name, content):
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.txt: no such file$"):
         read_documents(tmp_path / "nothing.txt")
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "pipe"])
+def test_a_pipe_is_called_one_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} is a pipe; texts are read more than once, so write them to a file"):
+        read_documents(tmp_path / name)

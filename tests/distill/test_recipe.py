@@ -1,6 +1,7 @@
 """Laws of recipes: each mistake is one line with its place, overrides obey the same rules, secrets never get out."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -298,6 +299,9 @@ def test_files_are_found_here_or_among_the_shipped_ones(tmp_path, monkeypatch):
         load_recipe("quikstart.yaml")
     with pytest.raises(UserError, match=r"quikstart: no such file; .* \(did you mean 'quickstart.yaml'\?\)"):
         load_recipe("quikstart")
+    os.mkfifo("pipe.yaml")
+    with pytest.raises(UserError, match=r"^pipe.yaml: is a pipe, not a file; shipped recipes: "):
+        load_recipe("pipe.yaml")
     Path("latin.yaml").write_bytes(b"version: \xff")
     with pytest.raises(UserError, match=r"latin.yaml: cannot be read as UTF-8"):
         load_recipe("latin.yaml")
