@@ -47,7 +47,8 @@ def check_file(file: str | Path, named: str, words: Sequence[str] = ()) -> None:
     if kind is None and os.path.islink(file):
         raise UserError(f"{named} is a link to a file that is not there")
     if kind is None:
-        raise UserError(f"{named}: no such file")
+        is_pattern = any(mark in str(file) for mark in "*?[")
+        raise UserError(f"{named}: no such file" + "; no patterns here, name the files" * is_pattern)
 
 
 def kind_of(path: str | Path) -> str | None:

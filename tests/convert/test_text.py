@@ -36,6 +36,7 @@ def teacher():
     [
         (["self", "nix.txt"], None, r"--calibrate nix\.txt: no such file"),
         (["self", "{}.txt"], None, r"--calibrate .*folder\.txt is a folder"),
+        (["shards/*.txt"], None, r"^--calibrate shards/\*\.txt: no such file; no patterns here, name the files$"),
         (["self"], "nix.txt", r"--held-out nix\.txt: no such file"),
         (["self"], "self", r"--held-out self: not a text this can read; allowed: \.txt, .*, each also \.gz$"),
         (
