@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from deltanet_errors import DeltanetError, UserError
 
 MANIFEST = "manifest.json"
+LOCK = "lock"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})(\.replaced-[0-9a-f]{8})?")
 _LEFT_OVER = re.compile(r"step-\d{8}\.(tmp|deleted)-[0-9a-f]{8}")
@@ -167,28 +168,47 @@ def drop_newer(root: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Holds the run's lock, which the system releases when the process ends, however it ends.
+    """Holds the run's lock, which the system releases when the process ends, however it ends. Where nothing but the
+    lock was made meanwhile, it is removed again, with the folders that were made for it.
 
     Raises UserError while another process holds it, DeltanetError where the folder cannot be written.
     """
     try:
+        missing = [folder for folder in (run, *run.parents) if not folder.exists()]
         run.mkdir(parents=True, exist_ok=True)
-        lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        before = os.listdir(run)
+        lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise DeltanetError(f"{run}: cannot be written: {_why(error)}") from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = os.fstat(lock).st_nlink > 0  # else its owner has just removed it
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise DeltanetError(f"{run}: cannot be locked: {_why(error)}") from None
+            is_held = False
+        if not is_held:
             owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
-            raise UserError(f"{run}: another process works on this run ({owner}); wait for it or stop it") from None
+            raise UserError(f"{run}: another process works on this run ({owner}); wait for it or stop it")
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        yield
+        try:
+            yield
+        finally:
+            _remove_unused(run, before, missing)
     finally:
         os.close(lock)
+
+
+def _remove_unused(run: Path, before: list[str], missing: list[Path]) -> None:
+    """Removes the lock if nothing else has come to the folder since it held `before`, and then those of the folders
+    `missing` (the inmost first) that are empty: a run that was refused leaves nothing."""
+    with contextlib.suppress(OSError):
+        if {*os.listdir(run)} - {*before} == {LOCK}:
+            (run / LOCK).unlink()
+            for folder in missing:
+                folder.rmdir()
 
 
 def _seal(staging: Path, step: int, info: dict) -> None:

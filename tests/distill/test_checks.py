@@ -42,6 +42,6 @@ def test_a_fault_of_a_later_stage_or_of_the_end_stops_the_run_and_its_plan_at_on
     with pytest.raises(UserError, match=pattern) as caught:
         distil(recipe, overrides, output=tmp_path / "run")
     assert "\n" not in str(caught.value)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=pattern):
         describe(load_recipe(recipe, overrides), tmp_path / "cache")

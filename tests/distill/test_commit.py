@@ -365,6 +365,7 @@ def test_a_second_process_is_refused_until_the_first_has_gone(tmp_path):
 
     with locked(tmp_path / "my run é"):
         assert in_child(work) == 6
+        assert os.listdir(tmp_path / "my run é") == ["lock"]
     assert in_child(work) == 5
 
     def die():
@@ -375,4 +376,37 @@ def test_a_second_process_is_refused_until_the_first_has_gone(tmp_path):
     assert in_child(work) == 5
     owner = f"process {os.getpid()} on"
     with locked(tmp_path / "a"), pytest.raises(UserError, match=owner), locked(tmp_path / "a"):
+        pass
+
+
+def test_a_lock_under_which_nothing_was_made_leaves_nothing_that_was_not_there(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    for name in ("a/b/run", "there", "there/run", "full"):
+        with contextlib.suppress(KeyError), locked(tmp_path / name):
+            raise KeyError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "mine.txt", "there"]
+
+
+def test_a_lock_under_which_something_was_made_stays_with_it(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path / "a" / "run"):
+            (tmp_path / "a" / "run" / "made").mkdir(exist_ok=True)
+        assert sorted(os.listdir(tmp_path / "a" / "run")) == ["lock", "made"]
+    with locked(tmp_path / "b" / "run"):
+        (tmp_path / "b" / "other").mkdir()
+    assert os.listdir(tmp_path / "b") == ["other"]
+
+
+def test_a_lock_that_was_removed_while_another_process_took_it_is_not_held(tmp_path, monkeypatch):
+    """The other process opens the lock of one that is refused and removes it before it lets go."""
+    flock = commits.fcntl.flock
+
+    def late(lock, how):
+        (tmp_path / "run" / "lock").unlink()
+        flock(lock, how)
+
+    monkeypatch.setattr(commits.fcntl, "flock", late)
+    with pytest.raises(UserError, match="another process works on this run"), locked(tmp_path / "run"):
         pass
