@@ -13,12 +13,10 @@ import torch
 from deltanet.modeling import CACHE
 from deltanet_errors import UserError, one_line
 
-from .text_files import Document, check_file, read_documents
+from .text_files import WORDS, Document, check_file, read_documents
 
 HELD_OUT_SHARE = 0.1
 MOST_TOKENS = 32768
-WORDS = ("self", "none")
-"""What may stand for a file after --calibrate."""
 SHORTEST = 18
 """Tokens of a window: both passages of closeness' recall need as many."""
 

@@ -28,6 +28,9 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "as
 FILE, FOLDER = "a file", "a folder"
 KINDS = {stat.S_IFREG: FILE, stat.S_IFDIR: FOLDER, stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
+WORDS = ("self", "none")
+"""What may stand for a file after --calibrate."""
+
 Messages = list[dict[str, str]]
 Document = str | Messages
 

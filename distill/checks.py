@@ -3,21 +3,18 @@
 What needs the tokens is refused as they are there (`prepare.py`). Twin: tests/distill/test_checks.py.
 """
 
-from pathlib import Path
-
 import torch
 
 from deltanet import DeltaNetConfig
 from deltanet_errors import UserError, one_line
 
 from .convert_step import config_after
-from .documents import find_files
 from .engine import EngineSettings
 from .evaluation.evaluate import check_contexts
 from .evaluation.selection import Chosen, select
 from .export import check_formats, check_push
 from .metrics import check_trackers
-from .output import check_folder
+from .paths import check_paths
 from .schema import Recipe
 from .task_sources import trained_tasks
 from .trainable import check_stage
@@ -29,10 +26,7 @@ def check_recipe(recipe: Recipe) -> list[Chosen]:
     token for the Hub, a folder that can be written) and for what DeepSpeed does not take."""
     check_push(recipe.export.push)
     check_trackers(recipe.logging)
-    for source in (*recipe.data.sources, *recipe.evaluation.sources):
-        find_files(source)
-    if recipe.teacher is not None and recipe.teacher.cache is not None and recipe.teacher.cache.folder is not None:
-        check_folder(Path(recipe.teacher.cache.folder), "teacher.cache.folder")
+    check_paths(recipe)
     if recipe.deepspeed.extra:
         _check_extra(engine_settings(recipe))
     return [*select(recipe.evaluation.tasks, "evaluation.tasks"), *trained_tasks(recipe.data.sources)]

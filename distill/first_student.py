@@ -12,13 +12,13 @@ from convert.command import convert
 from convert.families import teacher_config
 from convert.layouts import parse_layout
 from convert.plan import student_config
-from convert.text import WORDS
-from convert.text_files import check_file
 from deltanet import DeltaNetConfig
 from deltanet_errors import UserError, one_line
 
 from .new_student import mixer_fields, write_new
-from .records import RECIPE, checkpoint_digests, write_whole
+from .paths import check_texts, student_folder
+from .records import checkpoint_digests, write_whole
+from .resume import RECIPE
 from .schema import Recipe
 from .token_cache import file_digest
 
@@ -47,11 +47,6 @@ def first_student(recipe: Recipe, run: Path, teacher: Path | None, say: Callable
     return folder
 
 
-def student_folder(recipe: Recipe, run: Path) -> Path:
-    """Where the student is, or will be."""
-    return Path(recipe.student.model) if recipe.student.model is not None else run / "student"
-
-
 def check_there(folder: Path) -> None:
     """Raises UserError where the folder that `student.model` names holds no student."""
     if not (folder / "config.json").is_file():
@@ -71,17 +66,6 @@ def check_free(folder: Path) -> None:
     """Raises UserError where `student.model` names a folder without a student, in which none can be made."""
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise UserError(f"student.model: {folder} is there and no checkpoint; name a folder that is empty or not there")
-
-
-def check_texts(recipe: Recipe, run: Path) -> None:
-    """Raises UserError where a student is to be converted and a text to fit it on cannot be read."""
-    wish = recipe.student.convert
-    if wish is None or (student_folder(recipe, run) / "config.json").is_file():
-        return
-    for name in wish.calibrate:
-        check_file(name, f"student.convert.calibrate: {name}", WORDS)
-    if wish.held_out is not None:
-        check_file(wish.held_out, f"student.convert.held_out: {wish.held_out}")
 
 
 def planned(recipe: Recipe, teacher: DeltaNetConfig) -> DeltaNetConfig:

@@ -1,6 +1,6 @@
 """What a run writes down before its first step: the resolved recipe, where and with what it runs, what it reads.
 
-A run is resumed only with a recipe that computes the same. Twin: tests/distill/test_run.py.
+Twin: tests/distill/test_run.py.
 """
 
 import json
@@ -18,28 +18,14 @@ import torch
 from deltanet_errors import UserError, one_line
 
 from .prepare import Prepared, StagePlan
-from .recipe import changes, load_recipe, show
+from .recipe import show
 from .redact import mask
+from .resume import RECIPE
 from .schema import Recipe
 from .token_cache import file_digest
 from .world import World
 
 PACKAGES = ("deltanet", "torch", "triton", "transformers", "deepspeed", "peft", "safetensors", "datasets", "numpy")
-RECIPE = "recipe.yaml"
-SHOWN = 8  # differences in a message
-
-
-def check_recipe_unchanged(folder: Path, recipe: Recipe) -> None:
-    """Raises UserError with the differences where the run in `folder` was started with another recipe."""
-    if not (folder / RECIPE).is_file():
-        return
-    differences = changes(load_recipe(folder / RECIPE), recipe)
-    if differences:
-        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-        raise UserError(
-            f"{folder}: the run was started with another recipe: {'; '.join(differences[:SHOWN])}{more}. "
-            "Change it back, or give the new recipe an --output of its own"
-        )
 
 
 def write_records(

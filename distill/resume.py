@@ -1,4 +1,7 @@
-"""Where a run is on disk, and where it goes on. Twins: tests/distill/test_dry_run.py, tests/distill/test_run.py."""
+"""Where a run is on disk, and where it goes on: only with a recipe that computes the same.
+
+Twins: tests/distill/test_dry_run.py, tests/distill/test_run.py.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,12 +9,14 @@ from pathlib import Path
 from deltanet_errors import UserError
 
 from .commit import MANIFEST, Commit, newest_commit, verify
-from .first_student import check_texts
 from .output import output_folder
-from .records import check_recipe_unchanged
+from .paths import check_texts
+from .recipe import changes, load_recipe
 from .schema import Recipe
 
+RECIPE = "recipe.yaml"
 COMMITS = "commits"
+SHOWN = 8  # differences in a message
 
 
 def run_folder(recipe: str | Path, output: str | Path | None) -> Path:
@@ -20,26 +25,45 @@ def run_folder(recipe: str | Path, output: str | Path | None) -> Path:
     return output_folder(Path("runs") / Path(recipe).stem if output is None else output)
 
 
+def check_recipe_unchanged(folder: Path, recipe: Recipe) -> None:
+    """Raises UserError with the differences where the run in `folder` was started with another recipe."""
+    if not (folder / RECIPE).is_file():
+        return
+    differences = changes(load_recipe(folder / RECIPE), recipe)
+    if differences:
+        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        raise UserError(
+            f"{folder}: the run was started with another recipe: {'; '.join(differences[:SHOWN])}{more}. "
+            "Change it back, or give the new recipe an --output of its own"
+        )
+
+
+def check_resume(recipe: Recipe, run: Path, resume: str) -> None:
+    """Raises UserError where the run was started with another recipe, and where `--resume`, as in `find_commit`, names
+    nothing to go on from: `never` finds a commit, or PATH is none or of a run with another recipe."""
+    check_recipe_unchanged(run, recipe)
+    if resume == "never":
+        found = newest_commit(run / COMMITS, report=lambda damage: None)
+        if found is not None:
+            raise UserError(f"--resume never: {run} holds the commit {found.folder.name}; use another --output")
+    elif resume != "auto":
+        folder, allowed = Path(resume), f"say auto, never or a folder in {run / COMMITS}"
+        if not resume or not folder.is_dir():
+            raise UserError(f"--resume {resume}: no such commit; {allowed}")
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"--resume {resume}: no commit (no {MANIFEST}); {allowed}")
+        check_recipe_unchanged(folder.absolute().parent.parent, recipe)
+
+
 def find_commit(recipe: Recipe, run: Path, resume: str, report: Callable[[str], None]) -> Commit | None:
     """The commit that a run with `--resume` as given goes on from: auto, never or the folder of one. None: a fresh run.
 
-    `report` is told of damaged ones passed over. Raises UserError where the run was started with another recipe, where
-    `never` finds one, and where PATH is none or of a run with another recipe; Damaged where PATH does not verify.
+    `report` is told of damaged ones passed over. Raises as `check_resume`, and Damaged where PATH does not verify.
     """
-    check_recipe_unchanged(run, recipe)
-    if resume in ("auto", "never"):
-        found = newest_commit(run / COMMITS, report=report)
-        if resume == "never" and found is not None:
-            raise UserError(f"--resume never: {run} holds the commit {found.folder.name}; use another --output")
-        return found
-    folder = Path(resume)
-    if not resume or not folder.is_dir():
-        raise UserError(f"--resume {resume}: no such commit; say auto, never or a folder in {run / COMMITS}")
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"--resume {resume}: no commit (no {MANIFEST}); say auto, never or a folder in {run / COMMITS}")
-    found = verify(folder)
-    check_recipe_unchanged(folder.absolute().parent.parent, recipe)
-    return found
+    check_resume(recipe, run, resume)
+    if resume == "never":
+        return None
+    return newest_commit(run / COMMITS, report=report) if resume == "auto" else verify(Path(resume))
 
 
 def outlook(recipe: Recipe, run: Path, resume: str, report: Callable[[str], None]) -> str:

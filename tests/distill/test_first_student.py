@@ -11,7 +11,7 @@ from deltanet import DeltaNetConfig
 from deltanet_errors import UserError
 from distill.first_student import first_student
 from distill.recipe import load_recipe
-from distill.records import RECIPE
+from distill.resume import RECIPE
 
 
 @pytest.fixture(scope="module")

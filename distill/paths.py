@@ -1,0 +1,37 @@
+"""The files and folders that a recipe names, looked for before a run makes anything, and before seconds go into torch.
+
+Twin: tests/distill/test_checks.py.
+"""
+
+from pathlib import Path
+
+from convert.text_files import WORDS, check_file
+
+from .documents import find_files
+from .output import check_folder
+from .schema import Recipe
+
+
+def check_paths(recipe: Recipe) -> None:
+    """Raises UserError for a source whose files are not there or none that can be read, and where the folder of the
+    teacher's cache cannot be written."""
+    for source in (*recipe.data.sources, *recipe.evaluation.sources):
+        find_files(source)
+    if recipe.teacher is not None and recipe.teacher.cache is not None and recipe.teacher.cache.folder is not None:
+        check_folder(Path(recipe.teacher.cache.folder), "teacher.cache.folder")
+
+
+def check_texts(recipe: Recipe, run: Path) -> None:
+    """Raises UserError where a student is to be converted and a text to fit it on cannot be read."""
+    wish = recipe.student.convert
+    if wish is None or (student_folder(recipe, run) / "config.json").is_file():
+        return
+    for name in wish.calibrate:
+        check_file(name, f"student.convert.calibrate: {name}", WORDS)
+    if wish.held_out is not None:
+        check_file(wish.held_out, f"student.convert.held_out: {wish.held_out}")
+
+
+def student_folder(recipe: Recipe, run: Path) -> Path:
+    """Where the student is, or will be."""
+    return Path(recipe.student.model) if recipe.student.model is not None else run / "student"
