@@ -48,12 +48,12 @@ def _dry_run(arguments) -> None:
 def _distil(arguments) -> None:
     """Of several processes one tells what went wrong; the others end with its exit code and without a word."""
     try:
-        _read(arguments)  # for its mistakes; `distil` reads it for itself
-        from .run import distil
+        recipe, folder = _read(arguments)
+        from .run import carry_out
         from .world import leave_world
 
         try:
-            distil(arguments.recipe, arguments.overrides, output=arguments.output, resume=arguments.resume)
+            carry_out(recipe, folder, arguments.resume)
         finally:
             leave_world()
     except Exception as error:

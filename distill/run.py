@@ -77,9 +77,12 @@ def distil(
     resume: `auto` goes on from the newest commit, `never` refuses a folder that has one, else the folder of a commit.
     Raises UserError for wrong input, Interrupted (exit code 75) after a signal, with everything committed.
     """
+    return carry_out(load_recipe(path, overrides), run_folder(path, output), resume)
+
+
+def carry_out(recipe: Recipe, folder: Path, resume: str) -> dict:
+    """As `distil`, where the recipe is read and the folder known."""
     transformers.utils.logging.disable_progress_bar()
-    recipe = load_recipe(path, overrides)
-    folder = run_folder(path, output)
     with contextlib.ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         world = start_world()

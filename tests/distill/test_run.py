@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import cli
 import deltanet
 from deltanet_errors import DeltanetError, UserError
+from distill import recipe as recipe_module
 from distill import run as run_module
 from distill.batch import num_targets
 from distill.commit import Damaged, locked
@@ -148,6 +150,20 @@ def test_many_differences_are_counted(made):
     folder, _ = made
     with pytest.raises(UserError, match=r"stages\.0\.kind: 'align' -> 'pretrain'.*; and \d+ more\. Change it back"):
         distil(folder / "r.yaml", ["stages=[{kind: pretrain, steps: 1}]"], output=folder / "run")
+
+
+def test_a_recipe_is_read_once(tmp_path, monkeypatch, capsys):
+    parse, read = recipe_module.parse_recipe, []
+    monkeypatch.setattr(recipe_module, "parse_recipe", lambda *args: read.append(args[1]) or parse(*args))
+
+    def stop():
+        raise DeltanetError("far enough")
+
+    monkeypatch.setattr(run_module, "start_world", stop)
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", tmp_path / "teacher")
+    assert cli.distill_main([str(recipe), "-o", str(tmp_path / "run")]) == 1
+    assert "far enough" in capsys.readouterr().err
+    assert read == [str(recipe)]
 
 
 def test_a_second_process_is_refused(made):
