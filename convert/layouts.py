@@ -12,6 +12,8 @@ from pathlib import Path
 
 from deltanet_errors import UserError, nearest
 
+from .text_files import FILE, kind_of
+
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
 DEFAULT_WINDOW = 128
 FORMS = ("global2", "swa", "swa:WINDOW", "every:N", "none", "all", "layers:I,J,...", "RANKING.json:COUNT")
@@ -92,6 +94,9 @@ def _number(where: str, value: str, low: int, high: int | None) -> int:
 def _ranked(path: Path, count: int, num_layers: int, option: str) -> set[int]:
     """The first `count` layers of a ranking: a JSON list, or an object with such a list as `ranking`, where the
     layer that most needs attention comes first. Where the object has `num_layers`, it is that of its teacher."""
+    kind = kind_of(path)
+    if kind not in (None, FILE):
+        raise UserError(f"{option} {path}:{count}: the ranking is {kind}, not a file")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

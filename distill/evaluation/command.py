@@ -5,6 +5,7 @@ Twin: tests/distill/evaluation/test_eval_command.py.
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def parse_contexts(words: list[str] | None) -> list[int] | None:
     if words is None or words == ["none"]:
         return words and []
     for word in words:
-        if not word.isdecimal():
+        if not re.fullmatch(r"\d{1,18}", word):
             raise UserError(f"--contexts {word}: allowed are numbers of tokens, or none alone")
     return [int(word) for word in words]
 

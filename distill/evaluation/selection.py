@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.text_files import kind_of
 from deltanet_errors import UserError, nearest
 
 from .result import TaskResult
@@ -76,7 +77,8 @@ def select(names: Sequence[str], option: str = "--tasks") -> list[Chosen]:
         elif Path(name).is_file():
             found = [_standard(name)]
         elif name.endswith((".jsonl", ".json")) or "/" in name:
-            raise UserError(f"{option} {name}: no such file")
+            kind = kind_of(name)
+            raise UserError(f"{option} {name}: {'no such file' if kind is None else f'is {kind}, not a file'}")
         else:
             known = [*TASKS, ALL, NONE]
             raise UserError(

@@ -1,6 +1,7 @@
 """Layouts: which layers keep attention, counted from 0."""
 
 import json
+import os
 
 import pytest
 
@@ -75,6 +76,12 @@ def test_a_ranking_keeps_its_first(tmp_path, content):
 def test_a_ranking_that_is_none_is_refused(tmp_path, content, says):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(UserError, match=says):
+        parse_layout(f"{tmp_path / 'r.json'}:2", EIGHT)
+
+
+def test_a_ranking_that_is_a_pipe_is_called_one_and_never_read(tmp_path):
+    os.mkfifo(tmp_path / "r.json")
+    with pytest.raises(UserError, match=r"r\.json:2: the ranking is a pipe, not a file"):
         parse_layout(f"{tmp_path / 'r.json'}:2", EIGHT)
 
 

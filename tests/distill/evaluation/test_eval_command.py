@@ -59,6 +59,7 @@ def test_json_is_one_object_on_standard_output(folders, capfd):
     ("arguments", "message"),
     [
         (["--contexts", "many"], "--contexts many: allowed are numbers of tokens, or none alone"),
+        (["--contexts", "9" * 5000], "9: allowed are numbers of tokens, or none alone"),
         (["--contexts", "none", "64"], "--contexts none: allowed are"),
         (["-o", "FILE/out"], "is a file, not a folder"),
     ],

@@ -1,6 +1,7 @@
 """Which tasks a list of names means."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,12 @@ def test_an_unknown_task_gets_the_nearest_name(tasks):
 def test_a_missing_file_is_no_unknown_task(tasks):
     with pytest.raises(UserError, match=r"--tasks lost/piqa.jsonl: no such file"):
         select(["lost/piqa.jsonl"])
+
+
+def test_a_pipe_is_called_one_and_never_read(tasks, tmp_path):
+    os.mkfifo(tmp_path / "piqa.jsonl")
+    with pytest.raises(UserError, match=r"--tasks .*/piqa\.jsonl: is a pipe, not a file"):
+        select([str(tmp_path / "piqa.jsonl")])
 
 
 def test_two_files_of_one_name_are_refused(tasks, file, tmp_path):
