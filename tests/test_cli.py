@@ -270,10 +270,14 @@ def test_a_conversion_that_is_ended_leaves_nothing_half_written(number, capsys, 
     import convert.command
 
     monkeypatch.setattr(convert.command, "write_small", lambda *_: os.kill(os.getpid(), number))
-    assert cli.convert_main(["demo", "-o", str(tmp_path / "student"), "--calibrate", "none"]) == 128 + number
+    before = signal.signal(number, signal.SIG_DFL)  # what nohup has a process ignore, it goes on ignoring
+    try:
+        assert cli.convert_main(["demo", "-o", str(tmp_path / "student"), "--calibrate", "none"]) == 128 + number
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert capsys.readouterr().err == f"deltanet-convert: stopped by {number.name}\n"
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_generate_continues_a_prompt(tmp_path, capsys):
