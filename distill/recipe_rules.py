@@ -61,6 +61,8 @@ def broken_rules(recipe: Recipe) -> Broken:
             if source.from_teacher is not None and recipe.teacher is None:
                 yield (*path, "from_teacher"), "there is no teacher to write it"
             yield from _check_task(source, path)
+            if source.from_teacher is not None and ("/" in source.name or source.name.startswith(".")):
+                yield (*path, "name"), f"got {source.name!r}, but files are called so; no '/', and no '.' at its start"
             if source.from_teacher is None and source.top_p != 1:
                 yield (*path, "top_p"), "`top_p:` belongs to `from_teacher:`"
             if source.from_teacher is not None and source.kind == "preference":

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.text import document_start, render_chat, write_text
-from deltanet_errors import DeltanetError
+from deltanet_errors import DeltanetError, UserError
 
 from .order import hashed
 from .schema import USUAL_NAME, Source
@@ -30,6 +30,7 @@ PORTION = 32768  # tokens that a CPU writes before it stores them
 ROWS, ROOM = 1024, 16 * 2**30  # on a GPU, which takes as long for many rows as for few: at most, and bytes of its cache
 SHORTEST = 32  # tokens of a document that is kept
 LEAST_NEW = 0.2  # compressed over plain bytes; stories and prose are at 0.4 to 0.6, a loop is below 0.1
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MOST_EMPTY = 5  # portions in a row that gave nothing
 
 
@@ -45,12 +46,14 @@ def written_source(
     """The source with `path` naming the files the teacher has written: at least `from_teacher` tokens in all.
 
     The same seed, name, top_p, seq_len, teacher and kind of device write the same text, other names other text.
-    `advance` is told the tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself.
+    `advance` is told the tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself,
+    and UserError where the folder holds text of that name by another seed, length or shape of teacher.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []
     tokens, empty = 0, 0
     stem = source.name if source.top_p == 1 else f"{source.name}-top-{source.top_p:g}"
+    _check_made_of(folder, stem, _made_of(source, teacher, seed, seq_len))
     own = () if source.name == USUAL_NAME else (zlib.crc32(source.name.encode()),)
     while tokens < source.from_teacher:
         file = folder / f"{stem}-{len(files):04}.jsonl"
@@ -77,6 +80,30 @@ def planned(source: Source, seq_len: int) -> Tokens:
     facts = Facts(len(bounds) - 1, count, count, 0)
     marks = None if source.kind == "text" else np.ones(count, np.uint8)
     return Tokens(source.name, source.kind, "not written yet", np.zeros(count, np.uint16), bounds, marks, facts)
+
+
+def _made_of(source: Source, teacher, seed: int, seq_len: int) -> dict:
+    """What decides a source's text besides its name. Of the teacher its shape alone: its weights may be in parts."""
+    shape = {name: getattr(teacher.config, name) for name in SHAPE}
+    return {"kind": source.kind, "seed": seed, "length": _length(seq_len), "teacher": shape}
+
+
+def _check_made_of(folder: Path, stem: str, making: dict) -> None:
+    """Notes what the portions are made of. Raises UserError where those there are noted to be made otherwise."""
+    note = folder / f"{stem}.json"
+    try:
+        before = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of before there were notes, or none yet
+        _write_whole(note, json.dumps(making, indent=2) + "\n")
+        return
+    if before != making:
+        changed = "; ".join(
+            f"{key} {before.get(key)} -> {making[key]}" for key in making if making[key] != before.get(key)
+        )
+        raise UserError(
+            f"{folder}: what the teacher wrote there as {stem} was made otherwise ({changed}); delete {stem}* there, "
+            "or give the run another --output"
+        )
 
 
 def _length(seq_len: int) -> int:
@@ -139,6 +166,10 @@ def _num_tokens(file: Path) -> int:
 
 
 def _store(file: Path, documents: list[dict]) -> None:
+    _write_whole(file, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
+
+
+def _write_whole(file: Path, text: str) -> None:
     temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)

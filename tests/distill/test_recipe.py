@@ -121,6 +121,12 @@ def test_the_teacher_does_not_write_the_same_text_for_training_and_for_evaluatio
         parse("", "", train, held, "evaluation.sources.0.name=teacher")
 
 
+@pytest.mark.parametrize("name", ["../../evil", "a/b", ".hidden"])
+def test_the_name_of_what_the_teacher_writes_stays_in_its_folder(name):
+    with pytest.raises(UserError, match=rf"data\.sources\.0\.name: got '{re.escape(name)}', but files are called so"):
+        parse("", "", f"data.sources=[{{from_teacher: 500, name: {name}}}]")
+
+
 def test_the_first_mistake_of_several_is_told_with_their_number():
     with pytest.raises(UserError, match=r"^r.yaml:4 x: unknown key; .* \(and 2 more\)$"):
         parse_recipe(

@@ -120,7 +120,7 @@ def test_a_mistake_is_one_line_with_its_place(old, new, message):
         ),
         (["data.sources.0.options.pairs=9"], "task mqar: 9 pairs do not fit into 32 tokens"),
         (["student.new.vocabulary=20"], "task mqar: needs 9 words of one token, the tokenizer has 3"),
-        (["student.new.max_context=16"], "task trained on mqar: its level 'as trained' takes 32 tokens, the model 16"),
+        (["student.new.max_context=16"], "task trained on mqar: its level 'as trained' takes 32 tokens; at most 16"),
         (
             ["student.new.vocabulary=30", "evaluation.tasks=[copying, repeat]"],
             "task repeat: needs 32 words of one token",
@@ -169,7 +169,7 @@ def test_only_generated_tasks_that_were_named_are_checked():
     task = TASKS["repeat"]
     check_tasks([Chosen("repeat", task, True, is_named=False)], TOKENIZER, 64, 9)
     check_tasks([Chosen("repeat", task, True)], TOKENIZER, 64, 96)
-    with pytest.raises(UserError, match=r"task repeat: its level '64 back' takes 96 tokens, the model 95"):
+    with pytest.raises(UserError, match=r"task repeat: its level '64 back' takes 96 tokens; at most 95"):
         check_tasks([Chosen("repeat", task, True)], TOKENIZER, 64, 95)
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from convert.loading import load_teacher
-from deltanet_errors import DeltanetError
+from deltanet_errors import DeltanetError, UserError
 from distill import teacher_text
 from distill.schema import Source
 from distill.teacher_text import planned, repeats, written_source
@@ -53,6 +53,14 @@ def test_another_nucleus_is_another_text_beside_the_first(tmp_path):
     assert Path(whole.path[0]).read_text() != Path(narrow.path[0]).read_text()
 
 
+@pytest.mark.parametrize(("changed", "told"), [({"seed": 1}, "seed 0 -> 1"), ({"seq_len": 128}, "length 64 -> 128")])
+def test_text_of_another_seed_or_length_is_not_taken_for_this_one(changed, told, tmp_path):
+    _, before = write(tmp_path)
+    with pytest.raises(UserError, match=f"as teacher was made otherwise .{told}.; delete teacher. there"):
+        written_source(SOURCE, TEACHER, TOKENIZER, tmp_path, **({"seed": 0, "seq_len": 64} | changed))
+    assert write(tmp_path)[1] == before
+
+
 def test_a_killed_writing_goes_on_with_the_next_portion(tmp_path, monkeypatch):
     source, documents = write(tmp_path)
     last = tmp_path / source.path[-1].rpartition("/")[2]
@@ -67,10 +75,8 @@ def test_a_killed_writing_goes_on_with_the_next_portion(tmp_path, monkeypatch):
 def test_a_line_separator_that_the_teacher_writes_does_not_end_a_row(tmp_path, monkeypatch):
     rows = [{"text": "one\u2028two\x85three", "tokens": 700}]
     monkeypatch.setattr(teacher_text, "_portion", lambda *arguments: rows)
-    assert (
-        len(teacher_text.written_source(Source(name="teacher", from_teacher=700), None, None, tmp_path, 0, 64).path)
-        == 1
-    )
+    source = Source(name="teacher", from_teacher=700)
+    assert len(written_source(source, TEACHER, None, tmp_path, 0, 64).path) == 1
 
 
 def test_a_row_is_as_long_as_a_sequence_within_bounds():

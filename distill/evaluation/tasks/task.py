@@ -91,7 +91,7 @@ class Task:
             if len(first.ids) <= max_context:
                 found.append(label)
             else:
-                too_long = f"its level {label!r} takes {len(first.ids)} tokens, the model {max_context}"
+                too_long = f"its level {label!r} takes {len(first.ids)} tokens; at most {max_context} are allowed"
                 reasons.append(UserError(f"task {self.name}: {too_long}"))
         if not found:
             raise reasons[0]

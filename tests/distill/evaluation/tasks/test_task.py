@@ -99,7 +99,7 @@ def test_levels_that_do_not_fit_are_left_out_and_none_is_an_error():
     model = oracle(TASKS["repeat"])
     result = TASKS["repeat"].run(model, seed=0, n=8, max_context=200)
     assert list(result.by_level) == ["64 back", "128 back"]
-    with pytest.raises(UserError, match=r"task repeat: its level .64 back. takes 96 tokens, the model 50"):
+    with pytest.raises(UserError, match=r"task repeat: its level .64 back. takes 96 tokens; at most 50"):
         TASKS["repeat"].run(model, seed=0, n=8, max_context=50)
     bytes_only = make_tokenizer()
     with pytest.raises(UserError, match=r"task mad.recall: needs 16 words of one token, the tokenizer has 0"):
