@@ -24,8 +24,8 @@ LINEAR = "linear_attention"
 LOGIT_TOKENS = 256
 """Logits exist for so many tokens at a time; a whole window of a large vocabulary would be most of the memory."""
 MARGIN = 8
-DISTANCES = (64, 128, 256, 512, 1024)
 """A repeated passage counts from its ninth token on: before that even a perfect memory cannot know it is one."""
+DISTANCES = (64, 128, 256, 512, 1024)
 VARIANTS = {
     "plain_copy": "plain copy",
     "state_alone": "state alone, no skip taps",

@@ -50,7 +50,7 @@ def compare(
     sequences: Many[Sequence],
     world: World,
     *,
-    micro_batch_size: int = 1,
+    micro_batch_size: int,
     bfloat16: bool = False,
     vocab_size: int | None = None,
 ) -> dict[str, float]:
