@@ -201,6 +201,26 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens_that_make_up_the_share():
     assert nucleus(chances, 1.0) is chances
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.95, 1 - 1e-6])
+@pytest.mark.parametrize("few", [1, 7, 64, 1000])
+def test_a_nucleus_among_few_tokens_is_that_among_all(few, top_p):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(24, 300, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1.2, 24)[:, None]
+    chances = logits.softmax(-1)  # from nearly even to nearly certain
+    falling, ids = chances.sort(-1, descending=True)
+    kept = torch.where(falling.cumsum(-1) - falling < top_p, falling, 0)
+    wanted = torch.zeros_like(chances).scatter(-1, ids, kept / kept.sum(-1, keepdim=True))
+    found = nucleus(chances, top_p, few)
+    assert torch.equal(found > 0, wanted > 0)
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=0)  # sums in another order
+
+
+def test_of_tokens_that_are_equally_likely_a_nucleus_has_no_more_than_it_needs():
+    for few in (2, 8):
+        found = nucleus(torch.full((1, 8), 0.125), 0.6, few)
+        assert found.sort().values.tolist() == [[0, 0, 0, *[pytest.approx(0.2)] * 5]]
+
+
 def test_a_small_nucleus_writes_what_is_likeliest(teacher, tokenizer):
     rows = write_text(teacher, tokenizer, 3, 24, 0, top_p=1e-6)
     with torch.no_grad():
