@@ -2,11 +2,12 @@
 
 Rows are sampled at temperature 1 (what the teacher's own distribution asks for) or from its likeliest tokens (`top_p`,
 without which a small teacher loses the thread: docs/results/students.md), cut into documents where the teacher begins
-another, and kept unless they repeat themselves; chats are in teacher_chats.py. They stand in JSON lines, one portion a
-file, so that people can read them and a killed run goes on with the next portion.
+another, and kept unless they repeat themselves or one kept before; chats are in teacher_chats.py. They stand in JSON
+lines, one portion a file, so that people can read them and a killed run goes on with the next portion.
 Twin: tests/distill/test_teacher_text.py.
 """
 
+import hashlib
 import json
 import os
 import zlib
@@ -46,11 +47,13 @@ def written_source(
     """The source with `path` naming the files the teacher has written: at least `from_teacher` tokens in all.
 
     The same seed, name, top_p, seq_len, teacher and kind of device write the same text, other names other text.
-    `advance` is told the tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself,
-    and UserError where the folder holds text of that name by another seed, length or shape of teacher.
+    `advance` is told the tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself
+    (a `top_p` near 0 has it write the same again and again), and UserError where the folder holds text of that name by
+    another seed, length or shape of teacher.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []
+    seen: set[bytes] = set()
     tokens, empty = 0, 0
     stem = source.name if source.top_p == 1 else f"{source.name}-top-{source.top_p:g}"
     _check_made_of(folder, stem, _made_of(source, teacher, seed, seq_len))
@@ -59,12 +62,12 @@ def written_source(
         file = folder / f"{stem}-{len(files):04}.jsonl"
         if not file.is_file():
             key = int(hashed(seed, *own, len(files))[0]) >> 1
-            _store(file, _portion(source, teacher, tokenizer, key, seq_len))
+            _store(file, _portion(source, teacher, tokenizer, key, seq_len), seen)
         files.append(str(file))
-        found = _num_tokens(file)
+        found = _read(file, seen)
         tokens, empty = tokens + found, 0 if found else empty + 1
         if empty == MOST_EMPTY:
-            what = "repeats itself in {} rows" if source.kind == "text" else "ends none of {} chats"
+            what = "repeats itself in {} rows" if source.kind == "text" else "ends none of {} chats or repeats them"
             raise DeltanetError(
                 f"source {source.name}: the teacher {what.format(_shape(teacher, source, seq_len)[0] * empty)}; give a "
                 f"{source.kind} instead"
@@ -160,13 +163,24 @@ def repeats(text: str) -> bool:
     return len(zlib.compress(plain)) < LEAST_NEW * len(plain)
 
 
-def _num_tokens(file: Path) -> int:
+def _read(file: Path, seen: set[bytes]) -> int:
+    """The tokens of a portion, whose documents have been `seen` from now on."""
+    tokens = 0
     with file.open(encoding="utf-8", newline="\n") as lines:  # str.splitlines would also cut at U+2028 and the like
-        return sum(json.loads(line)["tokens"] for line in lines)
+        for line in lines:
+            seen.add(_digest(line))
+            tokens += json.loads(line)["tokens"]
+    return tokens
 
 
-def _store(file: Path, documents: list[dict]) -> None:
-    _write_whole(file, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
+def _store(file: Path, documents: list[dict], seen: set[bytes]) -> None:
+    """Writes a portion, of each document one and none that was seen."""
+    lines = dict.fromkeys(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    _write_whole(file, "".join(line for line in lines if _digest(line) not in seen))
+
+
+def _digest(line: str) -> bytes:
+    return hashlib.sha256(line.encode()).digest()
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -83,8 +83,17 @@ def test_a_teacher_that_cannot_chat_is_named(teacher, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has no chat template, so it writes no chats"):
         written_source(SOURCE, teacher, make_tokenizer(None), tmp_path, 0, 128)
     monkeypatch.setattr(teacher_text, "repeats", lambda text: True)
-    with pytest.raises(DeltanetError, match="source own: the teacher ends none of 40 chats; give a chat instead"):
+    with pytest.raises(DeltanetError, match="source own: the teacher ends none of 40 chats or repeats them; give"):
         written_source(SOURCE, teacher, TOKENIZER, tmp_path, 0, 128)
+
+
+def test_a_chat_that_is_written_again_and_again_is_kept_once(teacher, tmp_path, monkeypatch):
+    chat = write_chats(teacher, TOKENIZER, 16, 1, stop_ids={STOP})[0]
+    monkeypatch.setattr(teacher_text, "write_chats", lambda *arguments, **options: [chat, chat])
+    with pytest.raises(DeltanetError, match="the teacher ends none of 40 chats or repeats them; give a chat instead"):
+        written_source(SOURCE, teacher, TOKENIZER, tmp_path, 0, 128)
+    rows = [line for file in sorted(tmp_path.glob("*.jsonl")) for line in file.read_text("utf-8").splitlines()]
+    assert [json.loads(line) for line in rows] == [chat]
 
 
 def test_a_plan_of_chats_packs_without_the_writing():

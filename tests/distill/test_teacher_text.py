@@ -85,6 +85,28 @@ def test_a_row_is_as_long_as_a_sequence_within_bounds():
     assert [teacher_text._shape(TEACHER, source, seq_len) for seq_len in (64, 256)] == [(4, 64), (1, 256)]
 
 
+def test_no_document_is_kept_twice_however_small_the_nucleus(tmp_path):
+    """At 1e-9 a row follows from its first token, and a third of the rows begin like any document."""
+    source = SOURCE.model_copy(update={"from_teacher": 500, "top_p": 1e-9})
+    written = written_source(source, TEACHER, TOKENIZER, tmp_path, 0, 64)
+    texts = [json.loads(line)["text"] for name in written.path for line in Path(name).read_text().splitlines()]
+    assert len(texts) == len({*texts}) > 4
+
+
+def test_a_portion_written_again_leaves_out_what_the_others_have(tmp_path, monkeypatch):
+    rows = iter([[row("a"), row("b"), row("a")], [row("b"), row("c")], [row("c"), row("b")]])
+    monkeypatch.setattr(teacher_text, "_portion", lambda *arguments: next(rows))
+    source = written_source(SOURCE, TEACHER, TOKENIZER, tmp_path, 0, 64)
+    assert [Path(name).read_text().count("text") for name in source.path] == [2, 1]
+    Path(source.path[1]).unlink()
+    written_source(SOURCE, TEACHER, TOKENIZER, tmp_path, 0, 64)
+    assert json.loads(Path(source.path[1]).read_text())["text"] == "c"
+
+
+def row(text):
+    return {"text": text, "tokens": 100}
+
+
 def test_a_turn_that_ends_parts_no_document():
     """Where a chat's turns end with the end-of-text token, a row was cut into turns of 40 tokens."""
     tokenizer = copy.deepcopy(TOKENIZER)
