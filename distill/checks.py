@@ -32,6 +32,36 @@ def check_recipe(recipe: Recipe) -> list[Chosen]:
     return [*select(recipe.evaluation.tasks, "evaluation.tasks"), *trained_tasks(recipe.data.sources)]
 
 
+def check_teacher(recipe: Recipe, config: DeltaNetConfig, tokenizer) -> None:
+    """Raises UserError where the teacher of this configuration and tokenizer (None: it has none) cannot read the
+    recipe's texts, its chats or sequences of their length."""
+    if tokenizer is None:
+        raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
+    longest = _range(config)
+    lengths = {"data.seq_len": recipe.data.seq_len}
+    lengths |= {f"stages.{stage.name}.seq_len": stage.seq_len for stage in recipe.stages if stage.seq_len is not None}
+    for key, length in lengths.items():
+        if length > longest:
+            raise UserError(
+                f"{key} {length}: allowed is 2 to {longest}, the range of the teacher {recipe.teacher.model} "
+                "(max_position_embeddings)"
+            )
+    for source in (*recipe.data.sources, *recipe.evaluation.sources):
+        if source.kind in ("chat", "preference") and not tokenizer.chat_template:
+            raise UserError(
+                f"source {source.name}: kind {source.kind} needs a chat template, and the tokenizer of the teacher "
+                f"{recipe.teacher.model} has none"
+            )
+
+
+def _range(config: DeltaNetConfig) -> int:
+    """Tokens. Of two kinds of RoPE max_position_embeddings may be what the factor is yet to stretch."""
+    longest, rope = config.max_position_embeddings, config.rope_parameters or {}
+    if rope.get("rope_type") in ("linear", "yarn"):
+        longest = max(longest, int(rope["factor"] * (rope.get("original_max_position_embeddings") or longest)))
+    return longest
+
+
 def check_student(recipe: Recipe, config: DeltaNetConfig, device: torch.device) -> None:
     """Raises UserError where a student of this configuration cannot go through the stages, be measured or exported as
     the recipe says."""

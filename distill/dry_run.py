@@ -15,9 +15,8 @@ from convert.command import load_tokenizer
 from convert.families import teacher_config
 from convert.sources import open_source
 from deltanet import DeltaNetConfig
-from deltanet_errors import UserError
 
-from .checks import check_recipe, check_student
+from .checks import check_recipe, check_student, check_teacher
 from .convert_step import config_after
 from .first_student import check_free, check_planned, check_there, planned
 from .logit_cache import bytes_a_target, check_top_k
@@ -43,8 +42,7 @@ def describe(recipe: Recipe, cache: Path) -> str:
             source = stack.enter_context(open_source(recipe.teacher.model, recipe.teacher.revision))
             teacher = teacher_config(source.folder)
             tokenizer = load_tokenizer(source.folder)
-            if tokenizer is None:
-                raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
+            check_teacher(recipe, teacher, tokenizer)
             config = _student(recipe, teacher)
         check_student(recipe, config, world.device)
         if recipe.student.model and Path(recipe.student.model).is_dir():

@@ -36,7 +36,7 @@ from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
 from deltanet_errors import UserError
 
 from . import lora
-from .checks import check_recipe, check_student, engine_settings
+from .checks import check_recipe, check_student, check_teacher, engine_settings
 from .commit import Commit, drop_newer, locked, write_commit
 from .convert_step import Untrained, convert_more, windows
 from .engine import Engine
@@ -116,13 +116,15 @@ class _Run:
     def everything(self, resume: str) -> dict:
         self.tasks = once(self.world, lambda: check_recipe(self.recipe))
         commit = once(self.world, lambda: self._find_commit(resume))
+        if self.teacher_folder is not None:
+            once(self.world, self._check_teacher)
         if self.recipe.student.convert is not None:
             once(self.world, lambda: self._check_student(planned(self.recipe, teacher_config(self.teacher_folder))))
         self.start = once(self.world, lambda: first_student(self.recipe, self.folder, self.teacher_folder, _say))
         once(self.world, lambda: self._check_student(DeltaNetConfig.from_pretrained(self.start)))
         tokenizer = load_tokenizer(self.teacher_folder or self.start)
         if tokenizer is None:
-            raise UserError(f"{self.teacher_folder or self.start} has no tokenizer, so no text can be read")
+            raise UserError(f"{self.start} has no tokenizer, so no text can be read")
         self.tokenizer = tokenizer
         once(self.world, lambda: check_tokenizer(self.start, tokenizer))
         self.teacher = None if self.teacher_folder is None else self._load_teacher()
@@ -412,6 +414,9 @@ class _Run:
         if self.recipe.export.push is not None and self.world.is_main:
             print(f"pushed   {push(self.folder / 'export', self.recipe.export.push)}")
         return facts
+
+    def _check_teacher(self) -> None:
+        check_teacher(self.recipe, teacher_config(self.teacher_folder), load_tokenizer(self.teacher_folder))
 
     def _check_student(self, config: DeltaNetConfig) -> None:
         check_student(self.recipe, config, self.world.device)

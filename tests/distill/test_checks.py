@@ -5,10 +5,12 @@ import re
 import pytest
 import small_run
 
+from deltanet import DeltaNetConfig
 from deltanet_errors import UserError
+from distill.checks import check_teacher
 from distill.dry_run import describe
 from distill.recipe import load_recipe
-from distill.run import distil
+from distill.run import carry_out, distil
 
 FAULTS = [
     (["stages.distil.trainable=layers"], "stages.distil.trainable: 'layers' names no parameter"),
@@ -22,6 +24,15 @@ FAULTS = [
     (["student.convert.hybrid=every:0"], "student.convert.hybrid every:0: '0' is not a whole number from 1 to 2"),
     (["stages.1={kind: convert_step, hybrid: al}"], "stages.convert_step.hybrid al: unknown layout"),
     (["evaluation.contexts=[99999]"], "evaluation.contexts 99999: allowed is 64 to 2048"),
+    (["data.seq_len=2049"], "data.seq_len 2049: allowed is 2 to 2048, the range of the teacher .*teacher (max_pos"),
+    (["stages.align.seq_len=9999"], "stages.align.seq_len 9999: allowed is 2 to 2048, the range of the teacher"),
+    (
+        ["data.sources=[{from_teacher: 99, kind: chat}]"],
+        "source teacher: kind chat needs a chat template, and the tokenizer of the teacher .*/teacher has none",
+    ),
+    (["data.sources.0={path: absent.json, kind: chat, name: talk}"], "source talk: absent.json: no such file"),
+    (["data.sources.0={path: '{recipes}/demo/config.json', kind: chat}"], "source config: kind chat needs a chat"),
+    (["evaluation.sources.0.kind=chat"], "source held: kind chat needs a chat template"),
     (["evaluation.tasks=mqrr"], "evaluation.tasks mqrr: no such task (did you mean 'mqar'?)"),
     (["data.sources.0.path=absent.txt"], "source absent: absent.txt: no such file"),
     (["logging.trackio=true"], "logging.trackio: true, but trackio is not installed"),
@@ -45,3 +56,36 @@ def test_a_fault_of_a_later_stage_or_of_the_end_stops_the_run_and_its_plan_at_on
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=pattern):
         describe(load_recipe(recipe, overrides), tmp_path / "cache")
+
+
+def test_a_teacher_without_a_tokenizer_is_named_before_it_is_converted(tmp_path):
+    teacher = small_run.write_teacher(tmp_path / "teacher")
+    for file in teacher.glob("tokenizer*"):
+        file.unlink()
+    recipe = load_recipe(small_run.write_recipe(tmp_path / "r.yaml", teacher))
+    for stop in (lambda: carry_out(recipe, tmp_path / "run", "auto"), lambda: describe(recipe, tmp_path / "cache")):
+        with pytest.raises(UserError, match=r"teacher\.model: .*/teacher has no tokenizer, so no text can be read"):
+            stop()
+    assert not (tmp_path / "run").exists()
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "default"}, 64),
+        (LLAMA3, 64),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+    ],
+)
+def test_a_sequence_may_be_as_long_as_the_teachers_rotary_embedding_reaches(rope, longest, tmp_path):
+    config = DeltaNetConfig(max_position_embeddings=64, rope_parameters={"rope_theta": 1e4} | rope)
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", tmp_path / "teacher")
+    check_teacher(load_recipe(recipe, [f"data.seq_len={longest}"]), config, object())
+    with pytest.raises(UserError, match=f"data.seq_len {longest + 1}: allowed is 2 to {longest}, "):
+        check_teacher(load_recipe(recipe, [f"data.seq_len={longest + 1}"]), config, object())
