@@ -16,6 +16,7 @@ A run starts from FOLDER with `student.model=FOLDER student.convert=null`. Twin:
 
 import argparse
 import copy
+import os
 import shutil
 from pathlib import Path
 
@@ -84,11 +85,18 @@ KINDS = {"windows": windows, "scratch": scratch, "random-mixers": random_mixers,
 
 def write(kind: str, source: str, out: Path, *, hybrid: str = "global2", seed: int = 0, **options) -> None:
     """Writes the checkpoint folder `out`, whole or not at all, with the teacher's tokenizer. `options` are those of
-    `mixer_options`. Raises UserError for what deltanet-convert refuses, and where `out` is there."""
+    `mixer_options`. Raises UserError for what deltanet-convert refuses, where `out` is there, and for a layout in which
+    the teacher would be its own baseline."""
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"--seed {seed}: allowed is a whole number from 0 to 2^63 - 1")
+    if os.path.lexists(out):
+        raise UserError(f"-o {out}: exists already; delete it, or name another folder")
     check_target(out, overwrite=False)
     with open_source(source) as opened, Staging(out) as staging:
         teacher = load_teacher(opened.folder)
         layout = parse_layout(hybrid, teacher.config.layer_types, teacher.config.sliding_window)
+        if kind != "scratch" and not layout.linear:
+            raise UserError(f"--hybrid {hybrid}: no layer is linear, so {kind} would be the teacher itself")
         config = student_config(teacher.config, layout, **mixer_options(**DEFAULTS | options))
         KINDS[kind](teacher, config, seed).save_pretrained(staging.folder)
         for path in (path for pattern in COMPANIONS for path in opened.folder.glob(pattern) if path.is_file()):

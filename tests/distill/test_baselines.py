@@ -5,7 +5,7 @@ import torch
 from small_run import write_recipe, write_teacher
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.baselines import KINDS, same_budget, write
+from benchmarks.baselines import KINDS, main, same_budget, write
 from convert.command import convert
 from convert.loading import load_teacher
 from deltanet import DeltaNetConfig, load_student
@@ -70,6 +70,27 @@ def test_windows_are_the_teacher_on_shorter_texts_only(teacher, tmp_path):
 def test_windows_refuse_a_second_window(teacher, tmp_path):
     with pytest.raises(UserError, match="a model has one"):
         made("windows", teacher, tmp_path, hybrid="swa")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"scratch"}))
+@pytest.mark.parametrize("hybrid", ["all", "layers:0,1,2"])
+def test_a_layout_without_linear_layers_is_no_baseline(kind, hybrid, teacher, tmp_path):
+    with pytest.raises(UserError, match=f"--hybrid {hybrid}: no layer is linear, so {kind} would be the teacher"):
+        made(kind, teacher, tmp_path, hybrid=hybrid)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", ["-1", str(1 << 63), "1" * 30])
+def test_a_seed_that_is_none_and_a_folder_that_is_there_are_each_one_line(seed, teacher, tmp_path, capsys, monkeypatch):
+    for options, told in [
+        ([tmp_path / "new", "--seed", seed], f"--seed {seed}: allowed is a whole number from 0 to 2^63 - 1"),
+        ([tmp_path], f"-o {tmp_path}: exists already; delete it, or name another folder"),
+    ]:
+        monkeypatch.setattr("sys.argv", ["baselines", "scratch", str(teacher), "-o", *map(str, options)])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert capsys.readouterr().err.splitlines()[-1] == f"baselines: error: {told}"
     assert not list(tmp_path.iterdir())
 
 
