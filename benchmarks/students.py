@@ -7,7 +7,8 @@ recipe that it changes; KEY.PATH=VALUE changes the recipe of every row first (te
 writes and the tokens are made once, in OUT/written and OUT/tokens, for all rows, and so is what it gets in the tasks,
 in OUT/teacher. A row that is in OUT already is not run again; one that fails is told, the others go on. Results:
 OUT/ROW/eval/TEXT, OUT/ROW/tasks, OUT/students.md; and OUT/curves.md where the table has `curve`: the numbers of tokens
-after which it tells how held-out text was measured (evaluation.every_steps of the recipe).
+after which it tells how held-out text was measured (evaluation.every_steps of the recipe). Since its rows stand in one
+table, an OUT keeps the recipe, the teacher and the overrides it was begun with.
 
 Small models leave a GPU waiting for their process, so several rows at once (--jobs) take less time in all, and less
 again where `nvidia-cuda-mps-control -d` was started before (docs/results/students.md).
@@ -16,39 +17,137 @@ again where `nvidia-cuda-mps-control -d` was started before (docs/results/studen
 import argparse
 import json
 import math
+import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated, Any, NotRequired
 
 import torch
 import yaml
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from convert.command import load_tokenizer
 from convert.loading import load_teacher
 from convert.sources import open_source
+from deltanet_errors import DeltanetError, UserError, one_line
 from distill.metrics import read_metrics
 from distill.recipe import load_recipe
+from distill.schema import Recipe
 from distill.teacher_text import written_source
 
 SHARED = ("written", "tokens")
 """Folders of a run that depend on the teacher and the data alone."""
 TEACHER = "teacher"
+NOTE = "made_of.json"
 NEAR = 0.05
 """How far, relatively, a point of a curve may be from the number of tokens it stands for: steps are whole."""
+RUNNING: set[subprocess.Popen] = set()
+STARTING = threading.Lock()
+
+
+def _as_row_name(name: str) -> str:
+    """A row's folder stands in OUT beside others."""
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in (TEACHER, *SHARED):
+        others = ", ".join((TEACHER, *SHARED))
+        raise ValueError(f"{name!r} names no row; allowed: letters, digits, '-', '_', '.' inside, and not {others}")
+    return name
+
+
+class Table(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    recipe: str
+    texts: dict[str, str]
+    tasks: NotRequired[list[str]]
+    questions: NotRequired[str]
+    options: NotRequired[list[str]]
+    curve: NotRequired[list[int]]
+    rows: dict[Annotated[str, AfterValidator(_as_row_name)], dict[str, Any] | None]
+
+
+def read_table(path: Path) -> dict:
+    """Raises UserError for a file that is no table, at the first thing that is wrong with it."""
+    try:
+        return TypeAdapter(Table).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(key) for key in first["loc"] if key != "[key]")
+        keys = ", ".join(Table.__annotations__)
+        raise UserError(f"{path} {where or 'as a whole'}: {first['msg']} (the keys of a table are {keys})") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def row_keys(row: dict | None) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in (row or {}).items()]
+
+
+def read_recipe(path: Path, table: dict, names: list[str], overrides: list[str]) -> Recipe:
+    """The recipe that the rows change. Raises UserError where it is none, or a row of `names` leaves none."""
+    recipe = load_recipe(table["recipe"], overrides)
+    if recipe.teacher is None:
+        raise UserError(f"{table['recipe']}: has no teacher, beside which the rows are measured")
+    for name in names:
+        try:
+            load_recipe(table["recipe"], [*overrides, *row_keys(table["rows"][name])])
+        except UserError as error:
+            raise UserError(f"{path} row {name}: {error}") from None
+    return recipe
+
+
+def check_made_of(output: Path, making: dict) -> None:
+    """Notes what the rows in OUT are made of. Raises UserError where one was begun that is made of something else."""
+    note = output / NOTE
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not note.is_file() or not any(output.glob("*/*.log")):
+            note.write_text(json.dumps(making, indent=2) + "\n")
+        before = json.loads(note.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{note}: {one_line(error)}") from None
+    for key, value in making.items():
+        if before.get(key) != value:
+            raise UserError(f"-o {output}: begun with {key} {before.get(key)!r}, not {value!r}; name another folder")
+
+
+def execute(command: list[str], log: Path) -> bool:
+    """Runs a command, whose output goes to `log`, and says whether it succeeded."""
+    with log.open("a") as file:
+        with STARTING:
+            child = subprocess.Popen(command, stdout=file, stderr=file)
+            RUNNING.add(child)
+        try:
+            return child.wait() == 0
+        finally:
+            RUNNING.discard(child)
+
+
+def end_all(number: int, _frame) -> None:
+    """What SIGTERM does: every command that runs is told to end and waited for, and none starts any more. A second
+    signal does not wait."""
+    signal.signal(number, signal.SIG_DFL)
+    with STARTING:
+        children = [*RUNNING]
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.wait()
+        os._exit(128 + number)
 
 
 def call(main: str, arguments: list[str], log: Path) -> bool:
-    """Runs a command of cli.py in a process of its own; its output goes to `log`."""
-    code = f"import sys, cli; sys.exit(cli.{main}(sys.argv[1:]))"
-    with log.open("a") as file:
-        return subprocess.run([sys.executable, "-c", code, *arguments], stdout=file, stderr=file).returncode == 0
+    """Runs a command of cli.py in a process of its own."""
+    return execute([sys.executable, "-c", f"import sys, cli; sys.exit(cli.{main}(sys.argv[1:]))", *arguments], log)
 
 
-def write_texts(recipe: str, overrides: list[str], folder: Path) -> None:
+def write_texts(read: Recipe, folder: Path) -> None:
     """Has the teacher write what the recipe's sources ask of it, as a run would."""
-    read = load_recipe(recipe, overrides)
     sources = [source for source in read.data.sources if source.from_teacher is not None]
     if not sources:
         return
@@ -67,17 +166,16 @@ def measure_tasks(model: str, table: dict, folder: Path) -> bool:
     return call("eval_main", arguments, folder / "eval.log")
 
 
-def run(row: dict, table: dict, overrides: list[str], folder: Path, teacher: str) -> str | None:
+def run(row: dict | None, table: dict, overrides: list[str], folder: Path, teacher: str) -> str | None:
     """Distils one row into `folder` and measures it; returns what failed, if anything did."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
     for name in SHARED:
         (folder.parent / name).mkdir(exist_ok=True)
         if not (folder / "run" / name).exists():
             (folder / "run" / name).symlink_to(Path("../..") / name)
-    keys = [f"{key}={json.dumps(value)}" for key, value in row.items()]
     began = time.monotonic()
     if not (folder / "run" / "export").is_dir():
-        arguments = [table["recipe"], *overrides, *keys, "-o", str(folder / "run")]
+        arguments = [table["recipe"], *overrides, *row_keys(row), "-o", str(folder / "run")]
         if not call("distill_main", arguments, folder / "distill.log"):
             return "distillation"
     seconds = time.monotonic() - began
@@ -92,9 +190,8 @@ def run(row: dict, table: dict, overrides: list[str], folder: Path, teacher: str
     if "questions" in table:
         arguments = [student, teacher, "--questions", table["questions"]]
         command = [sys.executable, "-m", "benchmarks.chats", *arguments, "--out", str(folder / "chats.json")]
-        with (folder / "eval.log").open("a") as log:
-            if subprocess.run(command, stdout=log, stderr=log).returncode:
-                return "evaluation"
+        if not execute(command, folder / "eval.log"):
+            return "evaluation"
     (folder / "seconds.json").write_text(json.dumps({"distil": seconds, "all": time.monotonic() - began}))
     return None
 
@@ -180,15 +277,21 @@ def main() -> None:
     parser.add_argument("--rows", help="only these, with commas between")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once on one GPU")
     arguments = parser.parse_intermixed_args()
-    table = yaml.safe_load(arguments.table.read_text())
-    named = [value for key, _, value in (o.partition("=") for o in arguments.overrides) if key == "teacher.model"]
-    teacher = named[-1] if named else yaml.safe_load(Path(table["recipe"]).read_text())["teacher"]["model"]
-    names = arguments.rows.split(",") if arguments.rows else list(table["rows"])
-    if unknown := [name for name in names if name not in table["rows"]]:
-        parser.error(f"--rows: {arguments.table} has no {', '.join(unknown)}; it has {', '.join(table['rows'])}")
-    todo = [name for name in names if not (arguments.output / name / "seconds.json").is_file()]
-    if todo:
-        write_texts(table["recipe"], arguments.overrides, arguments.output / "written")
+    signal.signal(signal.SIGTERM, end_all)
+    try:
+        table = read_table(arguments.table)
+        names = arguments.rows.split(",") if arguments.rows else list(table["rows"])
+        if unknown := [name for name in names if name not in table["rows"]]:
+            parser.error(f"--rows: {arguments.table} has no {', '.join(unknown)}; it has {', '.join(table['rows'])}")
+        recipe = read_recipe(arguments.table, table, names, arguments.overrides)
+        teacher = recipe.teacher.model
+        making = {"recipe": table["recipe"], "teacher": teacher, "overrides": arguments.overrides}
+        check_made_of(arguments.output, making)
+        todo = [name for name in names if not (arguments.output / name / "seconds.json").is_file()]
+        if todo:
+            write_texts(recipe, arguments.output / "written")
+    except DeltanetError as error:
+        parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
     torch.cuda.empty_cache()
     if "tasks" in table and not (arguments.output / TEACHER / "tasks" / "evaluation.json").is_file():
         todo.insert(0, TEACHER)
@@ -198,7 +301,7 @@ def main() -> None:
         if name == TEACHER:
             failed = None if measure_tasks(teacher, table, folder) else "evaluation"
         else:
-            failed = run(table["rows"][name] or {}, table, arguments.overrides, folder, teacher)
+            failed = run(table["rows"][name], table, arguments.overrides, folder, teacher)
         if failed:
             print(f"{name}: the {failed} failed; its log is in {folder}", file=sys.stderr, flush=True)
         else:

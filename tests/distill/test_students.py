@@ -1,6 +1,11 @@
 """The benchmark of many students: what is run, what of it stands in its tables, and that its own tables hold."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,10 +98,99 @@ def test_a_curve_tells_only_what_was_measured_near():
     }
 
 
+TABLE = {"recipe": "quickstart.yaml", "texts": {"demo": TEXT}, "rows": {"one": None, "two": {"data.seq_len": 64}}}
+
+
+def started(monkeypatch, tmp_path, table, *options):
+    """The exit code of the command on this table (its text, or None for no file), and the last line it says."""
+    if table is not None:
+        (tmp_path / "t.yaml").write_text(table if isinstance(table, str) else yaml.safe_dump(table))
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr("sys.argv", ["students", str(tmp_path / "t.yaml"), "-o", str(tmp_path / "out"), *options])
+    with pytest.raises(SystemExit) as stop:
+        students.main()
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        (None, "t.yaml: cannot be read: [Errno 2] No such file"),
+        ("rows: [", "t.yaml: cannot be read: while parsing"),
+        ("just text", "t.yaml as a whole: Input should be a valid dictionary"),
+        ({"texst": {}}, "t.yaml texst: Extra inputs are not permitted (the keys of a table are recipe, texts, tasks,"),
+        ({"tasks": "needle"}, "t.yaml tasks: Input should be a valid list"),
+        ({"options": ["--tokens", 64]}, "t.yaml options.1: Input should be a valid string"),
+        ({"rows": {"teacher": None}}, "t.yaml rows.teacher: Value error, 'teacher' names no row; allowed: letters, "),
+        ({"rows": {"tokens": None}}, "'tokens' names no row"),
+        ({"rows": {"a/b": None}}, "'a/b' names no row"),
+        ({"rows": {"..": None}}, "'..' names no row"),
+        ({"rows": {7: None}}, "t.yaml rows.7: Input should be a valid string"),
+        ({"recipe": "nowhere.yaml"}, "nowhere.yaml: "),
+        ({"recipe": "mqar.yaml"}, "mqar.yaml: has no teacher, beside which the rows are measured"),
+        ({"rows": {"one": {"data.seq_lem": 5}}}, "t.yaml row one: command line data.seq_lem: "),
+    ],
+)
+def test_a_table_that_is_none_is_one_line(table, told, tmp_path, monkeypatch, capsys):
+    assert started(monkeypatch, tmp_path, TABLE | table if isinstance(table, dict) else table) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_teacher_or_other_overrides_want_a_folder_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(students, "write_texts", lambda *arguments: None)
+    monkeypatch.setattr(students, "run", lambda *arguments: "distillation")
+    assert started(monkeypatch, tmp_path, TABLE, "teacher.model=misspelt") == 1  # before any row was begun
+    (tmp_path / "out" / "one").mkdir()
+    monkeypatch.setattr(students, "run", lambda *arguments: (tmp_path / "out" / "one" / "distill.log").touch() or "all")
+    assert started(monkeypatch, tmp_path, TABLE, "data.seq_len=32") == 1
+    assert started(monkeypatch, tmp_path, TABLE, "data.seq_len=32", "--rows", "one") == 1
+    capsys.readouterr()
+    for options, told in [
+        (["data.seq_len=33"], "out: begun with overrides ['data.seq_len=32'], not ['data.seq_len=33']; name"),
+        (["data.seq_len=32", "teacher.model=other"], "out: begun with teacher 'demo', not 'other'; name another"),
+        (["data.seqlen=32"], "command line data.seqlen: "),
+    ]:
+        assert started(monkeypatch, tmp_path, TABLE, *options) == 2
+        said = capsys.readouterr().err
+        assert told in said
+        assert said.count("\n") == 1
+
+
+def test_sigterm_ends_what_the_rows_run_and_begins_no_other(tmp_path):
+    """Rows whose command says its process and sleeps, two at once of four."""
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(TABLE | {"rows": dict.fromkeys("abcd")}))
+    log = tmp_path / "log"
+    sleeps = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(300)"]
+    code = f"""
+from pathlib import Path
+from benchmarks import students
+students.write_texts = lambda *arguments: None
+students.run = lambda *arguments: None if students.execute({sleeps}, Path({str(log)!r})) else "distillation"
+students.main()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "t.yaml"), "-o", str(tmp_path / "out"), "--jobs", "2"]
+    parent = subprocess.Popen(command, cwd=ROOT)
+    try:
+        while not log.is_file() or len(log.read_text().split()) < 2:
+            assert parent.poll() is None
+            time.sleep(0.1)
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(60) == 128 + signal.SIGTERM
+    finally:
+        parent.kill()
+    children = [int(line) for line in log.read_text().split()]
+    assert len(children) == 2
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_row_of_a_table_is_a_recipe(path):
-    table = yaml.safe_load(path.read_text())
+    table = students.read_table(path)
     for name, row in table["rows"].items():
-        keys = [f"{key}={json.dumps(value)}" for key, value in (row or {}).items()]
-        recipe = load_recipe(ROOT / table["recipe"], keys)
+        recipe = load_recipe(ROOT / table["recipe"], students.row_keys(row))
         assert (recipe.student.convert is None) == (recipe.student.model is not None), name
