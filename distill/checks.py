@@ -16,6 +16,7 @@ from .export import check_formats, check_push
 from .metrics import check_trackers
 from .paths import check_paths
 from .schema import Recipe
+from .stages import needs_teacher
 from .task_sources import trained_tasks
 from .trainable import check_stage
 from .world import quiet_deepspeed
@@ -38,8 +39,9 @@ def check_teacher(recipe: Recipe, config: DeltaNetConfig, tokenizer) -> None:
     if tokenizer is None:
         raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
     longest = _range(config)
-    lengths = {"data.seq_len": recipe.data.seq_len}
-    lengths |= {f"stages.{stage.name}.seq_len": stage.seq_len for stage in recipe.stages if stage.seq_len is not None}
+    lengths = {"data.seq_len": recipe.data.seq_len}  # also that of held-out text, which the teacher always reads
+    asked = [stage for stage in recipe.stages if stage.seq_len is not None and needs_teacher(stage)]
+    lengths |= {f"stages.{stage.name}.seq_len": stage.seq_len for stage in asked}
     for key, length in lengths.items():
         if length > longest:
             raise UserError(

@@ -58,6 +58,12 @@ def test_a_fault_of_a_later_stage_or_of_the_end_stops_the_run_and_its_plan_at_on
         describe(load_recipe(recipe, overrides), tmp_path / "cache")
 
 
+def test_a_stage_without_the_teacher_may_go_beyond_its_range(tmp_path):
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", small_run.write_teacher(tmp_path / "teacher"))
+    longer = ["stages.distil.seq_len=2049", "stages.distil.losses=[{name: ce}]"]
+    assert "2,049" in describe(load_recipe(recipe, longer), tmp_path / "cache")
+
+
 def test_a_teacher_without_a_tokenizer_is_named_before_it_is_converted(tmp_path):
     teacher = small_run.write_teacher(tmp_path / "teacher")
     for file in teacher.glob("tokenizer*"):
