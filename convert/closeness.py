@@ -10,7 +10,7 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -225,21 +225,29 @@ def recall(teacher, student, held_out: torch.Tensor, *, tokens: int = 2048, seed
     asked = slice(hay.shape[1] - 4, hay.shape[1])
     return {
         "distance": passage,
-        "repeat": {who: _repeated(model, first) for who, model in models.items()},
-        "needle": {who: _accuracy(model, hay, asked) for who, model in models.items()},
+        "repeat": {who: _repeated(model, first)[1] for who, model in models.items()},
+        "needle": {who: _accuracies(model, hay, asked)[0] for who, model in models.items()},
     }
 
 
 @torch.no_grad()
-def recall_by_distance(teacher, student, held_out: torch.Tensor, *, most: int, tokens: int) -> list[dict]:
-    """The probe `repeat` of `recall` with passages of 64, 128 ... tokens, up to a window of held_out and to half of
-    `most`, what the models can see; on about `tokens` tokens each. [] where not even 64 fit."""
+def recall_by_distance(
+    teacher, student, held_out: torch.Tensor, *, most: int, tokens: int, distances: Sequence[int] = DISTANCES
+) -> list[dict]:
+    """The probe `repeat` of `recall` with passages of so many tokens as `distances` says, up to a window of held_out
+    and to half of `most`, what the models can see; on about `tokens` tokens each. [] where none fits.
+
+    `first` holds the share of the same tokens that each model guesses when the passage stands there for the first time:
+    what it knows of language, so that only what is above it is memory.
+    """
     models = {who: model for who, model in (("teacher", teacher), ("student", student)) if model is not None}
     longest = min(held_out.shape[1], most // 2)
     rows = []
-    for distance in (passage for passage in DISTANCES if passage <= longest):
+    for distance in (passage for passage in distances if passage <= longest):
         first = _passages(held_out, distance, tokens)
-        rows.append({"distance": distance, **{who: _repeated(model, first) for who, model in models.items()}})
+        found = {who: _repeated(model, first) for who, model in models.items()}
+        again, before = ({who: shares[time] for who, shares in found.items()} for time in (1, 0))
+        rows.append({"distance": distance, **again, "first": before})
     return rows
 
 
@@ -251,18 +259,25 @@ def _passages(held_out: torch.Tensor, length: int, tokens: int) -> torch.Tensor:
     return torch.stack([held_out[row, at : at + length] for row, at in starts])
 
 
-def _repeated(model, passages: torch.Tensor) -> float:
+def _repeated(model, passages: torch.Tensor) -> list[float]:
+    """The shares right of every passage and of its repetition, each from its ninth token on."""
     length = passages.shape[1]
-    return _accuracy(model, torch.cat([passages, passages], 1), slice(length + MARGIN, 2 * length))
+    return _accuracies(
+        model, torch.cat([passages, passages], 1), slice(MARGIN, length), slice(length + MARGIN, 2 * length)
+    )
 
 
-def _accuracy(model, ids: torch.Tensor, counted: slice) -> float:
-    """The share of the tokens ids[:, counted] that the model expects most."""
-    right, kept = 0, ids.shape[1] - counted.start + 1
+def _accuracies(model, ids: torch.Tensor, *counted: slice) -> list[float]:
+    """Of each of `counted`, in order and none from 0 on, the share of the tokens ids[:, counted] that the model expects
+    most."""
+    start = counted[0].start
+    right = [0] * len(counted)
     for row in ids:
-        logits = model(row[None], use_cache=False, logits_to_keep=kept).logits[0, : counted.stop - counted.start]
-        right += (logits.argmax(-1) == row[counted]).sum().item()
-    return right / (len(ids) * (counted.stop - counted.start))
+        logits = model(row[None], use_cache=False, logits_to_keep=len(row) - start + 1).logits[0, :-1]
+        is_right = logits.argmax(-1) == row[start:]
+        for place, part in enumerate(counted):
+            right[place] += is_right[part.start - start : part.stop - start].sum().item()
+    return [count / (len(ids) * (part.stop - part.start)) for count, part in zip(right, counted)]
 
 
 def as_markdown(report: dict) -> str:

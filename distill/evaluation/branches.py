@@ -1,7 +1,8 @@
-"""What each layer, and each branch of a delta-rule layer, contributes: the loss without it less the loss with it.
+"""What each layer, and each branch of a delta-rule layer, contributes: loss and recall without it.
 
 Retrofits are known to lean on the branch that was easiest to learn and to leave the other idle; a perplexity does not
-show that. Here a state, the skip taps, or a whole mixer gives zeros, and all else stays as it is.
+show that, and a loss hardly shows what carries recall, which few tokens of a text ask for. Here a state, the skip taps,
+or a whole mixer gives zeros, and all else stays as it is.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ from deltanet.mixer import DeltaMixer
 
 from .subject import Subject
 
-STATE, TAPS, MIXER = "state off", "skip taps off", "mixer off"
+STATE, TAPS, MIXER = "state", "skip taps", "mixer"
+ALL = {STATE: "all states", TAPS: "all skip taps", MIXER: "all delta-rule mixers"}
+RISE, RECALL, FIRST = "loss rise, nats", "recall {}", "first {}"
 LOGIT_ROWS = 256  # positions whose float32 logits exist at once
 
 
@@ -25,33 +28,61 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return layers if all(isinstance(getattr(layer, "self_attn", None), nn.Module) for layer in layers) else []
 
 
+def parts_of(model: nn.Module) -> dict[str, tuple[list[nn.Module], str]]:
+    """What can be switched off, by its name: the mixers, and which of STATE, TAPS and MIXER of each.
+
+    First all delta-rule layers at once, where there are several, then layer by layer.
+    """
+    mixers = [layer.self_attn for layer in layers_of(model)]
+    linear = [mixer for mixer in mixers if isinstance(mixer, DeltaMixer)]
+    parts: dict[str, tuple[list[nn.Module], str]] = {}
+    if len(linear) > 1:
+        for switch in _switches(linear[0]):
+            parts[ALL[switch]] = linear, switch
+    for index, mixer in enumerate(mixers):
+        for switch in _switches(mixer):
+            parts[f"layer {index}, {switch if isinstance(mixer, DeltaMixer) else 'attention'}"] = [mixer], switch
+    return parts
+
+
 @torch.no_grad()
 def branches(
-    subject: Subject, ids: torch.Tensor, *, advance: Callable[[float], None] = lambda amount: None
+    student: Subject,
+    teacher: Subject | None,
+    ids: torch.Tensor,
+    *,
+    recalled: Callable[[nn.Module], list[dict]] = lambda model: [],
+    advance: Callable[[float], None] = lambda amount: None,
 ) -> dict[str, dict[str, float]]:
-    """ids (N, T) -> per layer how much the loss rises, in nats a token, with its mixer off, and of a delta-rule layer
-    with its state or its skip taps off; and the same with all states, or all taps, off at once.
+    """ids (N, T) -> per part that is off, and first with none off, the loss less that of the whole student, in nats a
+    token, and at every distance the share of a passage that is expected where it comes again (RECALL) and where it
+    stands there for the first time (FIRST); and the same of the teacher, whole.
 
-    A negative figure is a layer that does harm on this text. `advance(1)` is called per layer.
+    A negative rise is a part that does harm on this text. recalled: what `recall_by_distance` (convert.closeness) gives
+    for one model, as its student. `advance(1)` is called per part.
     """
-    ids = ids.to(subject.device)
-    whole = mean_loss(subject, ids)
-    mixers = [layer.self_attn for layer in layers_of(subject.model)]
+    ids = ids.to(student.device)
+    whole = mean_loss(student, ids)
     rows: dict[str, dict[str, float]] = {}
-    for index, mixer in enumerate(mixers):
-        rows[f"layer {index}, {kind(mixer)}"] = {
-            switch: _rise(subject, ids, whole, [mixer], switch) for switch in _switches(mixer)
-        }
+    if teacher is not None:
+        rise = mean_loss(teacher, ids.to(teacher.device)) - whole
+        rows["none (teacher)"] = {RISE: rise} | _by_distance(recalled(teacher.model))
+    rows["none (student)"] = {RISE: 0.0} | _by_distance(recalled(student.model))
+    for name, (mixers, switch) in parts_of(student.model).items():
+        with contextlib.ExitStack() as off:
+            for mixer in mixers:
+                off.enter_context(switched_off(mixer, switch))
+            rows[name] = {RISE: mean_loss(student, ids) - whole} | _by_distance(recalled(student.model))
         advance(1)
-    linear = [mixer for mixer in mixers if isinstance(mixer, DeltaMixer)]
-    if len(linear) > 1:
-        every = {switch: _rise(subject, ids, whole, linear, switch) for switch in _switches(linear[0])}
-        rows["all delta-rule layers"] = every
     return rows
 
 
-def kind(mixer: nn.Module) -> str:
-    return "delta rule" if isinstance(mixer, DeltaMixer) else "attention"
+def _by_distance(rows: list[dict]) -> dict[str, float]:
+    columns: dict[str, float] = {}
+    for row in rows:
+        columns[RECALL.format(row["distance"])] = row["student"]
+        columns[FIRST.format(row["distance"])] = row["first"]["student"]
+    return columns
 
 
 def mean_loss(subject: Subject, ids: torch.Tensor) -> float:
@@ -69,13 +100,6 @@ def _switches(mixer: nn.Module) -> list[str]:
     if not isinstance(mixer, DeltaMixer):
         return [MIXER]
     return [STATE, *([TAPS] if mixer.config.skip_taps else []), MIXER]
-
-
-def _rise(subject: Subject, ids: torch.Tensor, whole: float, mixers: list[nn.Module], switch: str) -> float:
-    with contextlib.ExitStack() as off:
-        for mixer in mixers:
-            off.enter_context(switched_off(mixer, switch))
-        return mean_loss(subject, ids) - whole
 
 
 @contextlib.contextmanager

@@ -147,7 +147,8 @@ def measure(
                 options = {"most": max_context, "tokens": RECALL_TOKENS.get(student.device.type, RECALL_TOKENS["cpu"])}
                 report["recall"]["by_distance"] = recall_by_distance(other, student.model, held_out, **options)
         with _timed(report, "diagnostics"):
-            report["diagnostics"] = diagnose(student, teacher, windows, seed=seed)
+            distances = [row["distance"] for row in report.get("recall", {"by_distance": ()})["by_distance"]]
+            report["diagnostics"] = diagnose(student, teacher, windows, distances=distances, seed=seed)
     if contexts:
         with _timed(report, "speed and memory"), progress("speed and memory", sum(contexts), "tokens") as advance:
             report |= worth(student, teacher, contexts, seed=seed, advance=advance)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 MODELS = ("teacher", "student")
 SURE = 2  # standard errors
 SEEN = {"new": "is new", "token": "stood before", "pair": "followed the same token before"}
+SHARES = ("recall ", "first ")  # how the columns begin that are shares, in the diagnostics
 SAID = ("said", "chosen", "correct")  # what a sample of a task tells of the model, not of the example
 
 
@@ -280,17 +281,24 @@ def _memory(report: dict) -> Section:
 
 
 def _diagnostics(report: dict) -> Section:
-    tables = []
+    prose, tables = [], []
     for name, rows in report["diagnostics"].items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        cells = [[str(row), *(_cell(values.get(column)) for column in columns)] for row, values in rows.items()]
+        cells = [[str(row), *(_cell(column, values.get(column)) for column in columns)] for row, values in rows.items()]
         tables.append(Table([name, *columns], cells))
-    return Section("Diagnostics", tables=tables)
+        if any(column.startswith(SHARES) for column in columns):
+            prose.append(
+                "Recall N: how often a passage that comes again N tokens later is guessed; first N: the same passage "
+                "when it stands there for the first time. Only what recall is above that is memory."
+            )
+    return Section("Diagnostics", prose, tables)
 
 
-def _cell(value: object) -> str:
+def _cell(column: str, value: object) -> str:
     if value is None:
         return ""
+    if isinstance(value, float) and column.startswith(SHARES):
+        return _percent(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

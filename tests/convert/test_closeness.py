@@ -118,6 +118,18 @@ def test_recall_is_measured_as_far_as_the_text_and_the_models_reach(teacher, hel
     assert [*distances(200)] == [64]
     assert distances(100) == {}
     assert found[64] > 0.3
+    (row,) = recall_by_distance(None, teacher, held_out, most=2048, tokens=256, distances=(128, 256))
+    assert (row["distance"], row["student"]) == (128, found[128])
+
+
+def test_what_is_guessed_at_first_is_that_of_the_passage_alone(teacher, held_out):
+    """So that what recall is above it comes from the passage itself."""
+    (row,) = recall_by_distance(teacher, teacher, held_out, most=2048, tokens=512, distances=(64,))
+    with torch.no_grad():
+        expected = teacher(held_out[:, :64]).logits[:, 7:-1].argmax(-1)
+    right = (expected == held_out[:, 8:64]).float().mean().item()
+    assert row["first"] == {"teacher": pytest.approx(right), "student": pytest.approx(right)}
+    assert right > 0.3
 
 
 def test_the_token_budget_bounds_the_work(teacher, student, held_out):

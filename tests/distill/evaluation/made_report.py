@@ -20,6 +20,7 @@ TASK = {
     "figures": {"says A": 0.25},
     "partial_floors": {"reading 1 deep": 0.6, "reading 2 deep": 0.7},
 }
+FIRST = {"teacher": 0.3, "student": 0.2}
 REPORT = {
     "student": "runs/<b>mine</b>",
     "teacher": "big|one",
@@ -49,8 +50,8 @@ REPORT = {
         {"prompt": "Once <i>", "text": "upon", "student": "a `dog`\nran", "teacher": "a dog", "same_tokens": 2},
     ],
     "recall": {"distance": 24, "repeat": {"teacher": 0.5, "student": 0.25}, "needle": {"teacher": 0.0, "student": 0.0},
-               "by_distance": [{"distance": 64, "teacher": 0.9, "student": 0.5},
-                               {"distance": 128, "teacher": 0.8, "student": 0.25}]},
+               "by_distance": [{"distance": 64, "teacher": 0.9, "student": 0.5, "first": FIRST},
+                               {"distance": 128, "teacher": 0.8, "student": 0.25, "first": FIRST}]},
     "tasks": {"needle": TASK | {"teacher": TASK | {
         "accuracy": 0.9, "stderr": 0.03, "figures": {}, "samples": [{"said": "c"}],
     }}},
@@ -78,7 +79,10 @@ REPORT = {
         "cache_bytes_per_token": {"teacher": None, "student": 2.0},
         "crossover": "needs two contexts",
     },
-    "diagnostics": {"What the layers do": {"layer 0": {"gate": 0.5, "half-life": 16.0}, "layer 2": {"gate": 0.25}}},
+    "diagnostics": {
+        "What the layers do": {"layer 0": {"gate": 0.5, "half-life": 16.0}, "layer 2": {"gate": 0.25}},
+        "What is off": {"all states": {"loss rise": 0.25, "recall 128": 0.75, "first 128": 0.3}},
+    },
     "losses": [{"stage": "align", "step": step, "loss": 2.0 / (step + 1)} for step in range(5)],
 }  # fmt: skip
 

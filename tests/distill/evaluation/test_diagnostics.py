@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from convert.closeness import layer_errors, varied
+from convert.closeness import layer_errors, recall_by_distance, varied
 from convert.loading import load_teacher
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.mixer import DeltaMixer
 from deltanet.modeling import CACHE
 from distill.evaluation import diagnostics as titles
-from distill.evaluation.branches import MIXER, STATE, TAPS, branches, switched_off
+from distill.evaluation.branches import MIXER, RISE, STATE, TAPS, branches, switched_off
 from distill.evaluation.diagnostics import diagnose
 from distill.evaluation.drift import drift
 from distill.evaluation.same_logits import same_logits
@@ -90,7 +90,7 @@ def test_a_fault_shows_in_its_way_alone(fault, way, changed, ids, monkeypatch):
 
 @pytest.mark.parametrize(("switch", "variant"), [(STATE, "skip_alone"), (TAPS, "state_alone"), (MIXER, "no_mixer")])
 def test_switching_off_is_what_zero_parameters_do(switch, variant, changed, ids):
-    rise = branches(changed, ids)["layer 0, delta rule"][switch]
+    rise = branches(changed, None, ids)[f"layer 0, {switch}"][RISE]
     whole = loss(changed.model, ids)
     with varied(changed.model, variant):
         expected = loss(changed.model, ids) - whole
@@ -99,24 +99,87 @@ def test_switching_off_is_what_zero_parameters_do(switch, variant, changed, ids)
 
 
 def test_layers_of_any_transformer_are_switched_off(teacher, ids):
-    found = branches(teacher, ids)
-    assert set(found) == {"layer 0, attention", "layer 1, attention"}
+    found = branches(teacher, None, ids)
+    assert list(found) == ["none (student)", "layer 0, attention", "layer 1, attention"]
     model = copy.deepcopy(teacher.model)
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
-    assert found["layer 1, attention"][MIXER] == pytest.approx(loss(model, ids) - loss(teacher.model, ids), abs=1e-5)
-    again = branches(replace(teacher, model=model), ids)
-    assert again["layer 1, attention"] == {MIXER: 0.0}
+    assert found["layer 1, attention"][RISE] == pytest.approx(loss(model, ids) - loss(teacher.model, ids), abs=1e-5)
+    again = branches(replace(teacher, model=model), None, ids)
+    assert again["layer 1, attention"] == {RISE: 0.0}
 
 
 def test_all_layers_go_off_together_only_where_there_are_several(changed, ids):
-    assert set(branches(changed, ids)) == {"layer 0, delta rule", "layer 1, attention"}
+    layers = ["layer 0, state", "layer 0, skip taps", "layer 0, mixer", "layer 1, attention"]
+    assert list(branches(changed, None, ids)) == ["none (student)", *layers]
     config = DeltaNetConfig(
         vocab_size=1024, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, skip_taps=0
     )
     torch.manual_seed(0)
-    found = branches(replace(changed, model=DeltaNetForCausalLM(config).eval()), ids)
-    assert set(found["all delta-rule layers"]) == {STATE, MIXER}
+    found = branches(replace(changed, model=DeltaNetForCausalLM(config).eval()), None, ids)
+    assert list(found)[1:3] == ["all states", "all delta-rule mixers"]
+
+
+def test_the_teacher_stands_beside_by_its_loss_on_the_same_tokens(changed, teacher, ids):
+    found = branches(changed, teacher, ids)
+    assert list(found)[:2] == ["none (teacher)", "none (student)"]
+    rise = loss(teacher.model, ids) - loss(changed.model, ids)
+    assert found["none (teacher)"][RISE] == pytest.approx(rise, abs=1e-5)
+    assert found["none (student)"] == {RISE: 0.0}
+
+
+def test_recall_is_asked_of_every_model_and_part_while_it_is_off(changed, teacher, ids):
+    def recalled(model):
+        is_teacher = model is teacher.model
+        mixer = model.model.layers[0].self_attn
+        is_off = {"read": "read" in vars(mixer), "hooks": _count_hooks(model)}
+        asked.append((is_teacher, is_off))
+        return [{"distance": 64, "student": len(asked) / 10, "first": {"student": 0.0}}]
+
+    asked = []
+    found = branches(changed, teacher, ids, recalled=recalled)
+    whole, state, hook = ({"read": read, "hooks": hooks} for read, hooks in ((False, 0), (True, 0), (False, 1)))
+    assert asked == [(True, whole), (False, whole), (False, state), (False, hook), (False, hook), (False, hook)]
+    assert [row["recall 64"] for row in found.values()] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert {row["first 64"] for row in found.values()} == {0.0}
+
+
+def test_recall_with_a_part_off_is_that_of_a_model_without_it(changed, teacher):
+    """By the probe of the recall section, where the mixer's parameters are zero; on what the student writes, so that
+    one which was not trained guesses some of it."""
+    starts = torch.tensor([[3], [40], [500], [600]])
+    ids = changed.model.generate(starts, do_sample=False, min_length=128, max_length=128)
+    found = diagnose(changed, teacher, ids, distances=[64, 128], seed=0)[titles.OFF]
+    columns = ["recall 128", "first 128"]
+    assert all(list(row) == [RISE, *columns] for row in found.values())
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0))
+
+    def expected():
+        options = {"most": 256, "tokens": titles.RECALL_TOKENS["cpu"], "distances": [128]}
+        (row,) = recall_by_distance(teacher.model, changed.model, ids[order], **options)
+        return row
+
+    whole = expected()
+    assert [found["none (teacher)"][name] for name in columns] == [whole["teacher"], whole["first"]["teacher"]]
+    assert [found["none (student)"][name] for name in columns] == [whole["student"], whole["first"]["student"]]
+    with varied(changed.model, "no_mixer"):
+        off = expected()
+    assert [found["layer 0, mixer"][name] for name in columns] == [off["student"], off["first"]["student"]]
+    assert whole["student"] > off["student"]
+
+
+@pytest.mark.parametrize(
+    ("distances", "asked"), [([], []), ([64], [64]), ([64, 128], [128]), ([64, 128, 256, 512], [128, 512])]
+)
+def test_parts_are_asked_for_recall_at_128_and_at_the_longest_distance(distances, asked, student, monkeypatch):
+    ids = torch.randint(3, 1000, (1, 512), generator=torch.Generator().manual_seed(5))
+    monkeypatch.setattr(titles, "recall_by_distance", lambda teacher, model, held_out, **options: [
+        {"distance": distance, "student": 0.0, "first": {"student": 0.0}} for distance in options["distances"]
+        if 2 * distance <= options["most"] and distance <= held_out.shape[1]])  # fmt: skip
+    monkeypatch.setattr(titles, "truncated_context", lambda models, ids: {})
+    found = diagnose(student, None, ids, distances=distances)[titles.OFF]
+    wanted = [f"{kind} {distance}" for distance in asked for kind in ("recall", "first")]
+    assert all(list(row) == [RISE, *wanted] for row in found.values())
 
 
 @pytest.mark.parametrize("switch", [STATE, TAPS, MIXER])

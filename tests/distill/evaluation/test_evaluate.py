@@ -38,6 +38,7 @@ def test_a_report_has_every_part_and_is_plain_json(report):
         "tasks",
         "speed",
         "memory",
+        "diagnostics",
         "layers",
     }
     assert keys <= report.keys()
@@ -45,6 +46,14 @@ def test_a_report_has_every_part_and_is_plain_json(report):
     assert set(report["recall"]["repeat"]) == {"teacher", "student"}
     assert report["tasks"]["piqa"]["n"] == report["tasks"]["piqa_letters"]["n"] == len(PIQA)
     assert 0 <= report["tasks"]["piqa"]["teacher"]["accuracy"] <= 1
+
+
+def test_parts_are_asked_for_recall_as_far_as_the_recall_section(report):
+    (row,) = report["recall"]["by_distance"]
+    assert row["distance"] == 64  # of windows of 100 tokens
+    rows = report["diagnostics"]["Part that is off"]
+    assert {"none (teacher)", "none (student)", "layer 0, state", "layer 1, attention"} <= rows.keys()
+    assert all({"recall 64", "first 64"} <= figures.keys() for figures in rows.values())
 
 
 def test_only_times_differ_between_two_evaluations(report, folders, tmp_path):

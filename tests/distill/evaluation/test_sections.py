@@ -38,6 +38,16 @@ def test_language_is_told_by_position_by_what_stood_before_and_by_distance():
     assert by_distance.rows == [["64", "90.0%", "50.0%"], ["128", "80.0%", "25.0%"]]
 
 
+def test_recall_without_a_part_is_told_in_percent_and_what_it_means():
+    section = by_title(made())["Diagnostics"]
+    assert section.tables[0].rows == [["layer 0", "0.5", "16"], ["layer 2", "0.25", ""]]
+    assert section.tables[1].rows == [["all states", "0.25", "75.0%", "30.0%"]]
+    (line,) = section.prose
+    assert line.startswith("Recall N: ")
+    without = made(diagnostics={"What is off": {"all states": {"loss rise": 0.25}}})
+    assert not by_title(without)["Diagnostics"].prose
+
+
 def test_the_best_trivial_strategy_is_held_against_both():
     (row,) = by_title(made())["Tasks"].tables[0].rows
     assert row == ["needle", "90.0% ± 3.0", "75.0% ± 5.0", "20.0% the first", "both", "80"]
