@@ -59,7 +59,8 @@ def branches(
     stands there for the first time (FIRST); and the same of the teacher, whole.
 
     A negative rise is a part that does harm on this text. recalled: what `recall_by_distance` (convert.closeness) gives
-    for one model, as its student. `advance(1)` is called per part.
+    for one model, as its student; not asked of a delta-rule layer among others, whose one state or taps move it within
+    the noise of so few passages (docs/evaluate.md). `advance(1)` is called per part.
     """
     ids = ids.to(student.device)
     whole = mean_loss(student, ids)
@@ -68,11 +69,14 @@ def branches(
         rise = mean_loss(teacher, ids.to(teacher.device)) - whole
         rows["none (teacher)"] = {RISE: rise} | _by_distance(recalled(teacher.model))
     rows["none (student)"] = {RISE: 0.0} | _by_distance(recalled(student.model))
+    num_linear = sum(isinstance(layer.self_attn, DeltaMixer) for layer in layers_of(student.model))
     for name, (mixers, switch) in parts_of(student.model).items():
         with contextlib.ExitStack() as off:
             for mixer in mixers:
                 off.enter_context(switched_off(mixer, switch))
-            rows[name] = {RISE: mean_loss(student, ids) - whole} | _by_distance(recalled(student.model))
+            rows[name] = {RISE: mean_loss(student, ids) - whole}
+            if len(mixers) == num_linear or not isinstance(mixers[0], DeltaMixer):
+                rows[name] |= _by_distance(recalled(student.model))
         advance(1)
     return rows
 

@@ -120,6 +120,16 @@ def test_all_layers_go_off_together_only_where_there_are_several(changed, ids):
     assert list(found)[1:3] == ["all states", "all delta-rule mixers"]
 
 
+def test_recall_is_not_asked_of_one_linear_layer_among_others(changed, ids):
+    config = copy.deepcopy(changed.model.config)
+    config.layer_types = ["linear_attention", "linear_attention"]
+    student = replace(changed, model=DeltaNetForCausalLM(config).eval())
+    asked = [{"distance": 64, "student": 0.5, "first": {"student": 0.0}}]
+    found = branches(student, None, ids, recalled=lambda model: asked)
+    with_recall = [name for name, row in found.items() if "recall 64" in row]
+    assert with_recall == ["none (student)", "all states", "all skip taps", "all delta-rule mixers"]
+
+
 def test_the_teacher_stands_beside_by_its_loss_on_the_same_tokens(changed, teacher, ids):
     found = branches(changed, teacher, ids)
     assert list(found)[:2] == ["none (teacher)", "none (student)"]
