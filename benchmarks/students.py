@@ -10,8 +10,9 @@ OUT/ROW/eval/TEXT, OUT/ROW/tasks, OUT/students.md; and OUT/curves.md where the t
 after which it tells how held-out text was measured (evaluation.every_steps of the recipe). Since its rows stand in one
 table, an OUT keeps the recipe, the teacher and the overrides it was begun with.
 
-Small models leave a GPU waiting for their process, so several rows at once (--jobs) take less time in all, and less
-again where `nvidia-cuda-mps-control -d` was started before (docs/results/students.md).
+Rows are shared out over the GPUs there are (CUDA_VISIBLE_DEVICES). Small models leave a GPU waiting for their process,
+so several rows at once on each (--jobs) take less time in all, and less again where `nvidia-cuda-mps-control -d` was
+started before (docs/results/students.md).
 """
 
 import argparse
@@ -50,6 +51,8 @@ NEAR = 0.05
 """How far, relatively, a point of a curve may be from the number of tokens it stands for: steps are whole."""
 RUNNING: set[subprocess.Popen] = set()
 STARTING = threading.Lock()
+PLACE = threading.local()
+"""`PLACE.environment`: of the commands that a thread runs, what of the environment says which GPU they see."""
 
 
 def _as_row_name(name: str) -> str:
@@ -120,7 +123,8 @@ def execute(command: list[str], log: Path) -> bool:
     """Runs a command, whose output goes to `log`, and says whether it succeeded."""
     with log.open("a") as file:
         with STARTING:
-            child = subprocess.Popen(command, stdout=file, stderr=file)
+            environment = os.environ | getattr(PLACE, "environment", {})
+            child = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
             RUNNING.add(child)
         try:
             return child.wait() == 0
@@ -144,6 +148,12 @@ def end_all(number: int, _frame) -> None:
 def call(main: str, arguments: list[str], log: Path) -> bool:
     """Runs a command of cli.py in a process of its own."""
     return execute([sys.executable, "-c", f"import sys, cli; sys.exit(cli.{main}(sys.argv[1:]))", *arguments], log)
+
+
+def places(jobs: int) -> list[dict[str, str]]:
+    """Of every thread that runs rows its PLACE.environment: `jobs` threads on each GPU there is, or without any."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible.split(",") if gpu] * jobs or [{}] * jobs
 
 
 def write_texts(read: Recipe, folder: Path) -> None:
@@ -275,8 +285,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--rows", help="only these, with commas between")
-    parser.add_argument("--jobs", type=int, default=1, help="rows at once on one GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once on each GPU (default: 1)")
     arguments = parser.parse_intermixed_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs}: allowed is 1 or more")
     signal.signal(signal.SIGTERM, end_all)
     try:
         table = read_table(arguments.table)
@@ -309,7 +321,9 @@ def main() -> None:
             print(f"{name}: done", flush=True)
         return failed is None
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    threads = places(arguments.jobs)
+    untaken = iter(threads)
+    with ThreadPoolExecutor(len(threads), initializer=lambda: setattr(PLACE, "environment", next(untaken))) as pool:
         succeeded = list(pool.map(finish, todo))
     print(write_table(names, table, arguments.output))
     sys.exit(not all(succeeded))

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -186,6 +187,24 @@ students.main()
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
+
+
+def test_rows_are_shared_out_over_the_gpus(tmp_path, monkeypatch):
+    together, log = threading.Barrier(4, timeout=60), tmp_path / "log"
+
+    def run(*arguments):
+        together.wait()  # so that every row has a thread of its own
+        students.execute([sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"], log)
+
+    monkeypatch.setattr(students, "run", run)
+    monkeypatch.setattr(students, "write_texts", lambda *arguments: None)
+    monkeypatch.setattr(students, "write_table", lambda *arguments: "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert started(monkeypatch, tmp_path, TABLE | {"rows": dict.fromkeys("abcd")}, "--jobs", "2") == 0
+    assert sorted(log.read_text().split()) == ["3", "3", "GPU-5", "GPU-5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(students.torch.cuda, "device_count", lambda: 0)
+    assert students.places(2) == [{}, {}]
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
