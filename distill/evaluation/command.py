@@ -6,7 +6,10 @@ Twin: tests/distill/evaluation/test_eval_command.py.
 import json
 import os
 import re
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deltanet_errors import UserError
@@ -17,26 +20,29 @@ from .markdown import markdown, short
 from .page import page
 
 NAME = "evaluation"
+UNFINISHED = f"{NAME}.unfinished.json"
 
 
 def run(arguments) -> None:
     """The command line: the report on standard output, as Markdown, what matters most once more at its end, or with
     --json as one object."""
     out = None if arguments.output is None else output_folder(arguments.output)
-    report = evaluate(
-        arguments.student,
-        against=arguments.against,
-        text=arguments.text,
-        tasks=arguments.tasks,
-        contexts=parse_contexts(arguments.contexts),
-        tokens=arguments.tokens,
-        window=arguments.window,
-        limit=arguments.limit,
-        task_context=arguments.task_context,
-        seed=arguments.seed,
-        device=arguments.device,
-        dtype=arguments.dtype,
-    )
+    with _kept(out) as keep:
+        report = evaluate(
+            arguments.student,
+            against=arguments.against,
+            text=arguments.text,
+            tasks=arguments.tasks,
+            contexts=parse_contexts(arguments.contexts),
+            tokens=arguments.tokens,
+            window=arguments.window,
+            limit=arguments.limit,
+            task_context=arguments.task_context,
+            seed=arguments.seed,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            keep=keep,
+        )
     try:
         if out is not None:
             write_reports(out, report)
@@ -44,6 +50,30 @@ def run(arguments) -> None:
         print(json.dumps(report, indent=2) if arguments.json else f"{markdown(report)}\n{short(report)}")
     if out is not None and not arguments.json:
         print(f"\npage: {out / NAME}.html")
+
+
+@contextmanager
+def _kept(folder: Path | None) -> Iterator[Callable[[dict], None]]:
+    """Gives what keeps a report that is not finished, as UNFINISHED in `folder`; it stays there, and is told, where the
+    block does not come to its end."""
+    kept = []
+
+    def keep(report: dict) -> None:
+        if folder is not None:
+            try:
+                _write(folder, {UNFINISHED: json.dumps(report, indent=2) + "\n"})
+                kept.append(folder / UNFINISHED)
+            except UserError as error:  # no reason to end what may yet be printed
+                print(error, file=sys.stderr)
+
+    try:
+        yield keep
+    except BaseException:
+        if kept:
+            print(f"measured so far: {kept[-1]}", file=sys.stderr)
+        raise
+    for file in kept:
+        file.unlink(missing_ok=True)
 
 
 def parse_contexts(words: list[str] | None) -> list[int] | None:
@@ -59,12 +89,16 @@ def parse_contexts(words: list[str] | None) -> list[int] | None:
 def write_reports(folder: Path, report: dict) -> None:
     """evaluation.json, .md and .html in `folder`, each whole or not at all. Raises UserError for a full disk."""
     forms = {"json": json.dumps(report, indent=2) + "\n", "md": markdown(report), "html": page(report)}
+    _write(folder, {f"{NAME}.{suffix}": text for suffix, text in forms.items()})
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=folder) as aside:
-            for suffix, text in forms.items():
-                (Path(aside) / suffix).write_text(text, encoding="utf-8")
-            for suffix in forms:
-                os.replace(Path(aside) / suffix, folder / f"{NAME}.{suffix}")
+            for name, text in files.items():
+                (Path(aside) / name).write_text(text, encoding="utf-8")
+            for name in files:
+                os.replace(Path(aside) / name, folder / name)
     except OSError as error:
         raise UserError(f"{folder}: the report cannot be written: {error.strerror or error}") from error

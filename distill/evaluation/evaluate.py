@@ -6,7 +6,7 @@ Twin: tests/distill/evaluation/test_evaluate.py.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,13 +52,14 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    keep: Callable[[dict], None] = lambda report: None,
 ) -> dict:
     """What `measure` returns, for checkpoints and a text named by paths.
 
     text: a file, `self` (the teacher, or else the student, writes it) or `none`. tasks: see `select`. contexts: where
     speed and memory are measured; None for some that suit device and models, () for none. tokens, window: how much
     text, and in pieces of what length. limit: examples of each task. task_context: tokens of the longest example
-    of a generated one. Raises UserError for any wrong input, before anything is measured.
+    of a generated one. keep: as for `measure`. Raises UserError for any wrong input, before anything is measured.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: allowed is 1 or more")
@@ -94,6 +95,7 @@ def evaluate(
         contexts=contexts,
         max_context=longest,
         seed=seed,
+        keep=keep,
     )
     report["text"] = None if windows is None else text
     if curve := loss_curve(Path(student)):
@@ -112,13 +114,15 @@ def measure(
     contexts: Sequence[int] = (),
     max_context: int,
     seed: int = 0,
+    keep: Callable[[dict], None] = lambda report: None,
 ) -> dict:
     """The report: student, teacher (names), device, dtype, seed, versions, layers; then what was asked for:
 
     with windows (N, T) int64: tokens, window, perplexity, kl, top1_agreement, by_position, by_seen, samples
     (`language.py`), recall (`convert.closeness.recall`, and in it by_distance, of `recall_by_distance`) and diagnostics
     (`diagnostics.py`); with tasks: tasks, by name of the result (see `TaskResult`, and under `teacher` the same of the
-    teacher), and skipped_tasks, with the reasons; with contexts: speed and memory (`worth.py`).
+    teacher), and skipped_tasks, with the reasons; with contexts: speed and memory (`worth.py`). keep: is given the
+    report after every part, with what it holds by then.
     """
     config = student.model.config
     report: dict = {
@@ -131,26 +135,34 @@ def measure(
         "layers": list(config.layer_types) if isinstance(config, DeltaNetConfig) else None,
         "seconds": {},
     }
+
+    @contextmanager
+    def measured(part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        report["seconds"][part] = round(time.perf_counter() - start, 3)
+        keep(report)
+
     if tasks:
-        with _timed(report, "tasks"):
+        with measured("tasks"):
             context = task_context or min(max_context, max(TASK_CONTEXT, *contexts, 0))
             report["tasks"], report["skipped_tasks"] = run_tasks(student, teacher, tasks, limit, context, seed)
     if windows is not None:
-        with _timed(report, "language"), progress("language", windows.numel(), "tokens") as advance:
+        with measured("language"), progress("language", windows.numel(), "tokens") as advance:
             report |= language(student, teacher, windows, advance=advance)
             report["samples"] = continuations(student, teacher, windows)
         if windows.shape[1] >= RECALL_WINDOW:
-            with _timed(report, "recall"):
+            with measured("recall"):
                 other = None if teacher is None else teacher.model
                 held_out = windows.to(student.device)
                 report["recall"] = recall(other, student.model, held_out, seed=seed)
                 options = {"most": max_context, "tokens": RECALL_TOKENS.get(student.device.type, RECALL_TOKENS["cpu"])}
                 report["recall"]["by_distance"] = recall_by_distance(other, student.model, held_out, **options)
-        with _timed(report, "diagnostics"):
+        with measured("diagnostics"):
             distances = [row["distance"] for row in report.get("recall", {"by_distance": ()})["by_distance"]]
             report["diagnostics"] = diagnose(student, teacher, windows, distances=distances, seed=seed)
     if contexts:
-        with _timed(report, "speed and memory"), progress("speed and memory", sum(contexts), "tokens") as advance:
+        with measured("speed and memory"), progress("speed and memory", sum(contexts), "tokens") as advance:
             report |= worth(student, teacher, contexts, seed=seed, advance=advance)
     return report
 
@@ -229,10 +241,3 @@ def loss_curve(student: Path) -> list[dict]:
     records = [record for record in read_metrics(path) if record.get("loss") is not None]
     every = -(-len(records) // CURVE_POINTS)
     return [{key: record[key] for key in ("stage", "step", "loss")} for record in records[:: max(every, 1)]]
-
-
-@contextmanager
-def _timed(report: dict, part: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    report["seconds"][part] = round(time.perf_counter() - start, 3)

@@ -6,7 +6,7 @@ import pytest
 from eval_subjects import TEXT
 
 import cli
-from distill.evaluation import worth
+from distill.evaluation import evaluate, worth
 from distill.evaluation.command import write_reports
 
 OPTIONS = ["--text", str(TEXT), "--tokens", "100", "--window", "50", "--tasks", "none", "--device", "cpu"]
@@ -35,6 +35,26 @@ def test_a_report_that_cannot_be_written_is_printed_all_the_same(folders, tmp_pa
     printed = capsys.readouterr()
     assert "## In short" in printed.out
     assert f"{tmp_path}: the report cannot be written" in printed.err
+
+
+def test_what_was_measured_before_an_interruption_is_kept_until_the_next_report(folders, tmp_path, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    arguments = [str(folders[1]), *OPTIONS, "--contexts", "none", "-o", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "diagnose", stop)
+        assert cli.eval_main(arguments) == 130
+    unfinished = tmp_path / "evaluation.unfinished.json"
+    assert f"measured so far: {unfinished}\n" in capsys.readouterr().err
+    kept = json.loads(unfinished.read_text())
+    assert list(kept["seconds"]) == ["language", "recall"]
+    assert [path.name for path in tmp_path.iterdir()] == [unfinished.name]
+    assert cli.eval_main([*arguments, "--tasks", "nowhere.jsonl"]) == 2  # refused, so nothing is measured anew
+    assert json.loads(unfinished.read_text()) == kept
+    assert cli.eval_main(arguments) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["perplexity"] == kept["perplexity"]
+    assert not unfinished.exists()
 
 
 def test_the_last_thing_printed_is_everything_in_one_figure_each(folders, tmp_path, capsys):
