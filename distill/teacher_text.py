@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from convert.text import document_start, render_chat, write_text
 from deltanet_errors import DeltanetError, UserError
@@ -28,7 +29,9 @@ SHORT, LONG = 256, 1024
 """Tokens of a row: as many as a sequence of the run, within these bounds. A student of short texts does not learn how
 its teacher uses a long one (docs/results/students.md)."""
 PORTION = 32768  # tokens that a CPU writes before it stores them
-ROWS, ROOM = 1024, 16 * 2**30  # on a GPU, which takes as long for many rows as for few: at most, and bytes of its cache
+ROWS, SHARE = 2048, 0.4
+"""On a GPU, which takes nearly as long for few rows as for many: rows at most, and what their cache may take of the
+memory that the teacher leaves of the whole card, so that the same kind of card writes the same rows."""
 SHORTEST = 32  # tokens of a document that is kept
 LEAST_NEW = 0.2  # compressed over plain bytes; stories and prose are at 0.4 to 0.6, a loop is below 0.1
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -120,8 +123,10 @@ def _shape(teacher, source: Source, seq_len: int) -> tuple[int, int]:
     if teacher.device.type != "cuda":
         return max(PORTION // length, 1), length
     config = teacher.config
-    pair = 2 * config.num_key_value_heads * config.head_dim * teacher.dtype.itemsize
-    return max(min(ROWS, ROOM // (config.num_hidden_layers * pair * length)), 1), length
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * teacher.dtype.itemsize
+    memory = torch.cuda.get_device_properties(teacher.device).total_memory
+    room = SHARE * (memory - sum(parameter.nbytes for parameter in teacher.parameters()))
+    return max(min(ROWS, int(room // row)), 1), length
 
 
 def _portion(source: Source, teacher, tokenizer, key: int, seq_len: int) -> list[dict]:

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +84,21 @@ def test_a_row_is_as_long_as_a_sequence_within_bounds():
     assert [teacher_text._length(seq_len) for seq_len in (2, 300, 8192)] == [64, 300, 1024]
     source = Source(name="teacher", from_teacher=1)
     assert [teacher_text._shape(TEACHER, source, seq_len) for seq_len in (64, 256)] == [(4, 64), (1, 256)]
+
+
+@pytest.mark.parametrize(("gigabytes", "rows"), [(24, 256), (80, 923), (800, 2048), (2, 1)])
+def test_a_card_writes_as_many_rows_as_have_room_beside_the_teacher(gigabytes, rows, monkeypatch):
+    """A teacher of 1.25 G parameters in bfloat16, whose cache takes 32 KiB a token, hence 32 MiB a row of 1,024."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 10**9)
+    )
+    config = SimpleNamespace(num_hidden_layers=16, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072)
+    weights = [torch.empty(1250, 10**6, dtype=torch.bfloat16, device="meta")]
+    teacher = SimpleNamespace(
+        config=config, device=torch.device("cuda"), dtype=torch.bfloat16, parameters=lambda: weights
+    )
+    source = Source(name="teacher", from_teacher=1)
+    assert teacher_text._shape(teacher, source, 4096) == (rows, 1024)
 
 
 def test_no_document_is_kept_twice_however_small_the_nucleus(tmp_path):
