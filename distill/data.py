@@ -17,11 +17,11 @@ import numpy as np
 from deltanet_errors import UserError
 
 from .order import permutation
-from .packing import Packing, Sequence, assemble, pack_best_fit, pack_single, pack_wrapped, with_repeats
+from .packing import Packing, Sequence, assemble, pack_best_fit, pack_single, pack_wrapped, with_noise, with_repeats
 from .token_cache import Tokens
 
 BLOCK = 1024  # sequences; weights are exact to one in this many
-_DOCUMENTS, _SEQUENCES, _BLOCKS, _REPEATS = range(4)  # what a hash is for
+_DOCUMENTS, _SEQUENCES, _BLOCKS, _REPEATS, _NOISE = range(5)  # what a hash is for
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,13 @@ class Corpus:
         packing: str = "wrapped",
         too_long: str = "cut",
         repeats: float = 0.0,
+        noise: float = 0.0,
         pad_id: int = 0,
     ):
         """`packing` is for texts; chats are never cut by it and always packed best_fit, after `too_long` (cut or drop)
         has dealt with those over seq_len; `single` packs nothing. Raises UserError for a source without a sequence or
         without a target, and for a weight below one in BLOCK."""
-        self.seq_len, self.key, self.repeats, self.pad_id = seq_len, tuple(key), repeats, pad_id
+        self.seq_len, self.key, self.repeats, self.noise, self.pad_id = seq_len, tuple(key), repeats, noise, pad_id
         self.packing = packing
         prepared = [_fit(part, seq_len, too_long) for part in parts]
         self.parts = [part for part, _ in prepared]
@@ -122,6 +123,7 @@ class Corpus:
             for (_, facts), size in zip(prepared, self.sizes)
         ]
         order = [key, weights, packing, too_long, repeats, seq_len, [part.tokens.digest for part in self.parts]]
+        order += [noise] if noise else []
         spans = [hashlib.sha256(part.start.tobytes() + part.stop.tobytes()).hexdigest() for part in self.parts]
         self.digest = hashlib.sha256(json.dumps([order, spans]).encode()).hexdigest()
         # Bound to the object, so that a corpus that is dropped frees them.
@@ -148,6 +150,9 @@ class Corpus:
                 said.append(pieces[-1] if part.tokens.targets is None else part.tokens.targets[span].astype(np.int64))
         if self.repeats and part.tokens.marks is None:
             pieces = said = with_repeats(pieces, self.repeats, *self.key, _REPEATS, index)
+        if self.noise and part.tokens.marks is None:
+            others = part.tokens.ids[: part.stop[-1]]  # what is held out lies behind
+            pieces = with_noise(pieces, self.noise, others, *self.key, _NOISE, index)
         return assemble(pieces, self.seq_len, self.pad_id, marks, said)
 
     def locate(self, index: int) -> tuple[int, int]:

@@ -139,6 +139,7 @@ def plan_stages(recipe: Recipe, prepared: Prepared) -> list[StagePlan]:
                 packing=recipe.data.packing,
                 too_long=recipe.data.too_long,
                 repeats=recipe.data.repeats,
+                noise=recipe.data.noise,
                 pad_id=prepared.pad_id,
                 **order,
             )

@@ -174,6 +174,7 @@ class Data(Section):
     train_on: Literal["assistant", "last", "all"] = Field("assistant", description="which tokens of a chat are targets")
     too_long: Literal["cut", "drop"] = Field("cut", description="what happens to a chat longer than seq_len")
     repeats: float = Field(0.0, ge=0, le=1, description="share of sequences in which an earlier span is copied")
+    noise: float = Field(0.0, ge=0, le=1, description="share of sequences in which 15 % of the tokens are others")
     held_out: Fraction = Field(0.01, description="last share of every source's tokens, kept for evaluation")
     seed: int = Field(0, ge=0, description="of the order of the documents")
 

@@ -307,3 +307,20 @@ def test_chats_are_never_repeated_into_but_texts_are(tmp_path):
     for index in range(len(plain)):
         is_text = plain.locate(index)[0] == 1
         assert np.array_equal(plain[index].input_ids, repeated[index].input_ids) != is_text
+
+
+def test_noise_is_in_texts_alone_and_leaves_their_targets_as_they_were(tmp_path):
+    chats = whole(chat_source(tmp_path, [(90, 90)] * 3))
+    texts, held_out = split(text_source(tmp_path, stories(40)), 0.2)
+    options = {"seq_len": 262, "repeats": 0.5}
+    plain, noisy = (Corpus([chats, texts], **options, noise=share) for share in (0.0, 1.0))
+    assert noisy.digest != plain.digest
+    for index in range(len(plain)):
+        before, after = plain[index], noisy[index]
+        assert np.array_equal(before.input_ids, after.input_ids) == (plain.locate(index)[0] == 0)
+        assert np.array_equal(before.targets, after.targets)
+        assert np.array_equal(before.position_ids, after.position_ids)
+    texts, held_out = split(text_source(tmp_path, ["a" * 400, "b" * 400]), 0.5)
+    only_held_out = held_out.tokens.ids[held_out.start[0] + 1]  # b
+    noisy = Corpus([texts], seq_len=200, noise=1.0)
+    assert not any((noisy[index].input_ids == only_held_out).any() for index in range(4))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.order import hashed, permutation
-from distill.packing import IGNORED, assemble, pack_best_fit, pack_wrapped, with_repeats
+from distill.packing import IGNORED, assemble, pack_best_fit, pack_wrapped, with_noise, with_repeats
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=30)
 BOTH = pytest.mark.parametrize("pack", [pack_wrapped, pack_best_fit])
@@ -109,6 +109,24 @@ def test_repeats_hit_the_share_of_sequences_asked_for():
     hits = sum(with_repeats(piece, 0.3, 1, index)[0] is not piece[0] for index in range(4000))
     assert abs(hits / 4000 - 0.3) < 0.03  # four standard deviations of a binomial
     assert with_repeats(piece, 0.0, 1, 5) is piece
+
+
+def test_noise_replaces_tokens_of_some_sequences_by_others_but_no_first_one():
+    others, pieces = np.arange(5000, 5020), [np.arange(1, 400), np.array([7]), np.arange(1000, 1300)]
+    hits, replaced, found = 0, 0, set()
+    for index in range(2000):
+        result = with_noise(pieces, 0.3, others, 1, index)
+        hits += result is not pieces
+        assert [(len(piece), piece[0]) for piece in result] == [(len(piece), piece[0]) for piece in pieces]
+        for piece, before in zip(result, pieces):
+            changed = piece[piece != before]
+            replaced, found = replaced + len(changed), found.union(changed.tolist())
+    assert abs(hits / 2000 - 0.3) < 0.045  # four standard deviations of a binomial
+    assert abs(replaced / hits / (398 + 299) - 0.15) < 0.003
+    assert found == set(others.tolist())
+    assert pieces[0].tolist() == list(range(1, 400))
+    again = [with_noise(pieces, 1.0, others, 1, 5) for _ in range(2)]
+    assert all(np.array_equal(a, b) for a, b in zip(*again))
 
 
 def test_permutations_are_permutations_and_pinned():
