@@ -183,7 +183,9 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
 class DeltaNetModel(DeltaNetPreTrainedModel):
     def __init__(self, config: DeltaNetConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        padding = config.pad_token_id
+        has_padding = padding is not None and 0 <= padding < config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding if has_padding else None)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from tiny import VOCABULARY, edit_config
+from tiny import VOCABULARY, edit_config, tokens
 
-from convert import convert
+from convert import convert, load_teacher
 from convert.publish.manifest import seal
 from convert.publish.verify import verify
 from convert.tokens import GENERATION, generation_settings, strangers
-from deltanet import DeltaNetConfig
+from deltanet import DeltaNetConfig, load_student
 from deltanet_errors import UserError
 
 
@@ -50,3 +50,13 @@ def test_strangers_are_notes_of_a_conversion_and_problems_of_its_student(teacher
     ]
     assert set(notes) < set(convert(teacher, tmp_path / "student", calibrate=["none"])["notes"])
     assert verify(tmp_path / "student").problems == notes
+
+
+@pytest.mark.parametrize("padding", [VOCABULARY, 10 * VOCABULARY, -1, -10 * VOCABULARY])
+def test_a_padding_token_that_no_text_holds_is_in_nobodys_way(padding, teacher, tmp_path):
+    edit_config(teacher, pad_token_id=padding)
+    convert(teacher, tmp_path / "student", calibrate=["none"])
+    for model in (load_teacher(teacher), load_student(tmp_path / "student")):
+        assert model.config.pad_token_id == padding
+        assert model.model.embed_tokens.padding_idx is None
+        assert model.generate(tokens(1, 5), max_new_tokens=2, pad_token_id=0).shape == (1, 7)
