@@ -17,26 +17,26 @@ from deltanet_errors import UserError, nearest, one_line
 
 @dataclass(frozen=True)
 class Family:
-    """`sliding`: which layers see a window: `never`, `all` (when the config has a window) or `by_layer`."""
+    """`sliding`: where the config has a window, layers see it: those that its `layer_types` names, or all without it."""
 
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: str = "none"
-    sliding: str = "never"
+    sliding: bool = False
     rope_layers: str | None = None
 
 
 FAMILIES = {
     "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    "mistral": Family(sliding="all"),
-    "qwen2": Family(qkv_bias=True, sliding="by_layer"),
-    "qwen3": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="head", sliding="by_layer"),
+    "mistral": Family(sliding=True),
+    "qwen2": Family(qkv_bias=True, sliding=True),
+    "qwen3": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="head", sliding=True),
     "smollm3": Family(
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
-        sliding="by_layer",
+        sliding=True,
         rope_layers="no_rope_layers",
     ),
 }
@@ -66,11 +66,13 @@ NEUTRAL = {
     "attn_logit_softcapping": (None, 0, 0.0),
     "embedding_multiplier": (None, 1, 1.0),
     "final_logit_softcapping": (None, 0, 0.0),
+    "is_causal": (None, True),
     "logit_scale": (None, 1, 1.0),
     "logits_scaling": (None, 1, 1.0),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
     "partial_rotary_factor": (None, 1, 1.0),
+    "per_layer_config": (None, {}),
     "query_pre_attn_scalar": (None,),
     "residual_multiplier": (None, 1, 1.0),
 }
@@ -127,10 +129,8 @@ def teacher_config(folder: Path) -> DeltaNetConfig:
     layers = source.num_hidden_layers
     window = getattr(source, "sliding_window", None)
     layer_types = ["full_attention"] * layers
-    if window and family.sliding == "all":
-        layer_types = ["sliding_attention"] * layers
-    elif window and family.sliding == "by_layer":
-        layer_types = list(source.layer_types)
+    if window and family.sliding:
+        layer_types = list(getattr(source, "layer_types", None) or ["sliding_attention"] * layers)
     if not window and "sliding_attention" in (getattr(source, "layer_types", None) or ()):
         raise UserError(f"{where}: layer_types has sliding_attention, but no sliding_window is set")
     rope_layers = None
@@ -183,7 +183,7 @@ def _refuse(raw: dict, where: Path) -> None:
             f"{where}: the weights are quantised ({name}); convert the float32, bfloat16 or float16 original"
         )
     refuse_sizes(raw, f"{where}: ")
-    allowed = ["full_attention"] + ["sliding_attention"] * (FAMILIES[kind].sliding != "never")
+    allowed = ["full_attention"] + ["sliding_attention"] * FAMILIES[kind].sliding
     layer_types = raw.get("layer_types") or []
     for layer_type in layer_types if isinstance(layer_types, list) else [layer_types]:
         if layer_type not in allowed:
@@ -205,6 +205,7 @@ def _rope(raw: dict, source, where: Path) -> dict:
     if not isinstance(written, dict) or any(isinstance(value, dict) for value in written.values()):
         raise UserError(f"{where}: rotary settings per layer type are not supported: {written!r}")
     kind = written.get("rope_type", written.get("type", "default"))
+    source.standardize_rope_params()  # as transformers does once more before it computes frequencies: now it finds all
     rope = {key: value for key, value in source.rope_parameters.items() if key != "type"}
     for name in (kind, rope.get("rope_type")):
         if name not in ROPE_TYPES:

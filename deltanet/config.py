@@ -29,6 +29,7 @@ SIZES = (
 )
 ROTARY = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROTARY_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow")
+ROTARY_ANY = ("mscale", "mscale_all_dim")
 
 
 def refuse_sizes(settings: dict, where: str) -> None:
@@ -45,8 +46,13 @@ def refuse_rotary(settings: dict, where: str) -> None:
         value = settings.get(key)
         if key not in settings or (value is None and key in ROTARY_OPTIONAL):
             continue
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise UserError(f"{where}{key} is {value!r}; allowed: a number above 0")
+        low = 1 if key == "rope_theta" else 0
+        if type(value) not in (int, float) or not low < value < math.inf:
+            raise UserError(f"{where}{key} is {value!r}; allowed: a number above {low}")
+    for key in ROTARY_ANY:
+        value = settings.get(key)
+        if value is not None and (type(value) not in (int, float) or not abs(value) < math.inf):
+            raise UserError(f"{where}{key} is {value!r}; allowed: a number")
     low, high = settings.get("low_freq_factor", 0), settings.get("high_freq_factor", math.inf)
     if low >= high:
         raise UserError(f"{where}low_freq_factor is {low!r}; allowed: less than high_freq_factor ({high!r})")

@@ -69,6 +69,34 @@ def test_odd_shapes_and_rotary_types_are_exact(settings, tmp_path):
     assert torch.equal(logits(load_teacher(tmp_path / "teacher"), tokens()), logits(original, tokens()))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("inside", [{}, {"original_max_position_embeddings": 32}])
+def test_the_length_of_pretraining_counts_where_it_stands_beside_the_rotary_settings(family, inside, tmp_path):
+    """As transformers reads it: beside them it wins, and never is it the whole context without a word."""
+    folder = tmp_path / "teacher"
+    make_teacher(folder, family)
+    scaling = {"rope_type": "yarn", "factor": 4.0} | inside
+    beside = {"original_max_position_embeddings": 64, "rope_theta": 5e4}
+    edit_config(folder, rope_parameters=None, rope_scaling=scaling, **beside)
+    convert(folder, tmp_path / "student", hybrid="all", calibrate=["none"])
+    student, ids = load_student(tmp_path / "student"), tokens(1, 128)
+    assert student.config.rope_parameters["original_max_position_embeddings"] == 64
+    assert torch.equal(logits(student, ids), logits(AutoModelForCausalLM.from_pretrained(folder), ids))
+
+
+@pytest.mark.parametrize("kinds", ["sfsf", "ffff", "ssss"])
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.sliding])
+def test_layer_types_say_which_layers_see_the_window(family, kinds, tmp_path):
+    folder = tmp_path / "teacher"
+    make_teacher(folder, family)
+    layer_types = [{"s": "sliding_attention", "f": "full_attention"}[kind] for kind in kinds]
+    edit_config(folder, layer_types=layer_types, sliding_window=4, use_sliding_window=True)
+    teacher = AutoModelForCausalLM.from_pretrained(folder)
+    convert(folder, tmp_path / "student", hybrid="all", calibrate=["none"])
+    assert teacher_config(folder).layer_types == layer_types
+    assert torch.equal(logits(load_student(tmp_path / "student"), tokens()), logits(teacher, tokens()))
+
+
 def test_the_rotary_base_survives_every_generation_of_config(tmp_path):
     """The base as `rope_theta` beside `rope_scaling`, and inside `rope_parameters`: never a silent 10000."""
     make_teacher(tmp_path / "teacher", rope_parameters=LLAMA3 | {"rope_theta": 500000.0})
@@ -107,6 +135,8 @@ def test_the_rotary_base_survives_every_generation_of_config(tmp_path):
         ({"residual_multiplier": 0.22}, "residual_multiplier"),
         ({"logits_scaling": 16.0}, "logits_scaling"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"model_type": "granite"}, "multipliers.*llama, mistral, qwen2, qwen3, smollm3"),
@@ -134,7 +164,17 @@ def test_the_rotary_base_survives_every_generation_of_config(tmp_path):
         ({"rope_parameters": {"rope_type": [], "rope_theta": 1e4}}, r"rope_type \[\] is not supported"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": -1}},
-            "rope_theta is -1; allowed: a number above 0",
+            "rope_theta is -1; allowed: a number above 1",
+        ),
+        (
+            {"rope_parameters": LINEAR | {"rope_type": "yarn", "rope_theta": 1.0}},
+            "rope_theta is 1.0; allowed: a number",
+        ),
+        ({"rope_parameters": LINEAR | {"rope_type": "yarn", "mscale": "x"}}, "mscale is 'x'; allowed: a number"),
+        ({"rope_parameters": LINEAR | {"rope_type": "yarn", "mscale_all_dim": True}}, "mscale_all_dim is True"),
+        (
+            {"original_max_position_embeddings": "64", "rope_parameters": LLAMA3 | {"rope_theta": 1e4}},
+            "is '64'; allowed",
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "rope_theta is '1e4'"),
         ({"rope_parameters": LINEAR | {"factor": 0}}, "factor is 0"),
