@@ -17,7 +17,7 @@ from deltanet_errors import UserError, nearest, one_line
 
 @dataclass(frozen=True)
 class Family:
-    """`sliding`: where the config has a window, layers see it: those that its `layer_types` names, or all without it."""
+    """`sliding`: where the config has a window, layers see it: those that its `layer_types` names, or else all."""
 
     qkv_bias: bool | str = False
     o_bias: bool | str = False

@@ -243,6 +243,8 @@ class DeltaMixer(nn.Module):
         batch, tokens, width = hidden_states.shape
         real = attention_mask.bool().flatten()
         kept = real.nonzero().squeeze(1)
+        if not len(kept):
+            return torch.zeros_like(hidden_states), None
         lengths = attention_mask.bool().sum(1)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         if position_embeddings is not None:

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
@@ -53,14 +54,21 @@ def _crop(cache, tokens_to_remove: int) -> None:
     cache.seen_tokens = min(seen, tokens_to_remove) if tokens_to_remove > 0 else seen + tokens_to_remove
 
 
-def _teach(cache) -> None:
+def _reset(cache) -> None:
+    type(cache).reset(cache)
+    cache.seen_tokens = 0
+
+
+def _teach(cache, config: DeltaNetConfig) -> None:
     """Makes transformers' cache fit for linear layers, which by themselves neither count tokens nor take them back: the
     cache counts what `DeltaNetModel.forward` has run, and its linear layers can `crop` (rollback.py). Bound methods, so
-    that deep copies of the cache count their own."""
+    that deep copies of the cache count their own. One that was made without a configuration gets its layers here."""
+    if not cache.layers:
+        cache.layers = DynamicCache(config=config).layers
     for layer in cache.layers:
         if type(layer) is LinearAttentionLayer:
             layer.__class__ = StateLayer
-    cache.crop = types.MethodType(_crop, cache)
+    cache.crop, cache.reset = types.MethodType(_crop, cache), types.MethodType(_reset, cache)
     if not any(hasattr(layer, "keys") for layer in cache.layers):
         cache.get_seq_length = types.MethodType(_seen_tokens, cache)
 
@@ -224,11 +232,14 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         use_cache = use_cache and cu_seqlens is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        if cu_seqlens is None and cache is None and attention_mask is None and position_ids is not None:
+            cu_seqlens = self._documents(position_ids, tokens)
         if position_ids is None:
             position_ids = self._positions(batch, tokens, attention_mask, cache, cu_seqlens, inputs_embeds.device)
         if cache is not None:
-            _teach(cache)
+            _teach(cache, self.config)
             cache.seen_tokens = _seen_tokens(cache) + tokens
+        self._refuse_mask(attention_mask, _seen_tokens(cache) or tokens)
 
         masks = attention_mask
         if cu_seqlens is not None and self.config._attn_implementation == "sdpa" and not self.config.attention_dropout:
@@ -254,6 +265,31 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+
+    def _refuse_mask(self, mask, seen: int) -> None:
+        """Raises ValueError for a mask that linear layers cannot follow, or that says nothing of some of the tokens."""
+        if not isinstance(mask, torch.Tensor):
+            return
+        if mask.ndim != 2 and "linear_attention" in self.config.layer_types:
+            raise ValueError(
+                f"attention_mask has {mask.ndim} dimensions, but linear layers know padding only; give (batch, tokens)"
+            )
+        if mask.ndim == 2 and mask.shape[1] < seen:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns for {seen} tokens, those in the cache included"
+            )
+
+    def _documents(self, position_ids: torch.Tensor, tokens: int) -> torch.Tensor | None:
+        """cu_seqlens of the documents that positions tell, as attention layers see them; None where there is one."""
+        if "linear_attention" not in self.config.layer_types:
+            return None
+        starts = position_ids.diff(dim=-1) != 1
+        if not starts.any():
+            return None
+        if len(position_ids) > 1:
+            raise ValueError("position_ids restart within a row; packed documents go in as one row, or with a mask")
+        inner = starts[0].nonzero()[:, 0] + 1
+        return F.pad(F.pad(inner, (1, 0)), (0, 1), value=tokens).to(torch.int32)
 
     @staticmethod
     def _positions(batch, tokens, attention_mask, cache, cu_seqlens, device) -> torch.Tensor:
@@ -296,17 +332,19 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get(CACHE) is not None:
-            _teach(model_kwargs[CACHE])
+            _teach(model_kwargs[CACHE], self.config)
         return prepared
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         """Of a whole conversation given again with its cache, only what the cache has not seen is run.
         transformers does so itself, but not for a cache of linear layers alone."""
         seen, mask = _seen_tokens(kwargs.get(CACHE)), kwargs.get("attention_mask")
         whole = mask is None or (isinstance(mask, torch.Tensor) and mask.shape[1] == input_ids.shape[1])
         if next_sequence_length is None and whole and 0 < seen < input_ids.shape[1]:
             next_sequence_length = input_ids.shape[1] - seen
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     @can_return_tuple
     def forward(

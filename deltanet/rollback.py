@@ -88,6 +88,18 @@ class StateLayer(LinearAttentionLayer):
         super().reorder_cache(beam_idx)
         self.writes, self.length = None, 0
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence `repeats` times, as transformers' caches of attention do."""
+        if self.recurrent_states[0] is not None:
+            rows = torch.arange(len(self.recurrent_states[0]), device=self.device)
+            self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only these sequences, in this order."""
+        if self.recurrent_states[0] is not None:
+            rows = torch.arange(len(self.recurrent_states[0]), device=self.device)
+            self.reorder_cache(rows[indices])
+
     def _past(self, room: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.conv_states[0].to(room.dtype), room], -1)
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_student import LAYOUTS, tiny_model, tokens
+from transformers import DynamicCache
 
 from deltanet.modeling import CACHE
 
@@ -118,3 +119,56 @@ def test_a_row_that_begins_after_a_first_chunk_of_padding_has_its_first_token_th
     logits = torch.cat([first, second], 1)
     for i, row in enumerate(rows):
         assert (logits[i][mask[i].bool()] - model(row, use_cache=False).logits[0]).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_cache_made_without_a_configuration_will_do(layout):
+    model, ids = tiny_model(layout, conv_kernel=3), tokens(2, 12)
+    _, cache = run(model, ids[:, :7], DynamicCache())
+    assert (run(model, ids[:, 7:], cache)[0] - model(ids, use_cache=False).logits[:, 7:]).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_reset_cache_begins_anew(layout):
+    model, ids = tiny_model(layout, conv_kernel=3, exact_start=True), tokens(2, 12)
+    _, cache = run(model, tokens(2, 9, seed=4))
+    cache.reset()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options, **{CACHE: cache}), model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_the_rows_of_a_cache_can_be_repeated_and_chosen(layout):
+    model, rows, more = tiny_model(layout, conv_kernel=3), tokens(2, 9), tokens(4, 3, seed=4)
+    _, cache = run(model, rows)
+    cache.batch_repeat_interleave(3)
+    chosen = torch.tensor([5, 0, 1, 3])
+    cache.batch_select_indices(chosen)
+    whole = model(torch.cat([rows.repeat_interleave(3, 0)[chosen], more], 1), use_cache=False).logits[:, 9:]
+    assert (run(model, more, cache)[0] - whole).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_chunk_may_be_padding_in_every_row(layout):
+    model, rows = tiny_model(layout, conv_kernel=3, exact_start=True), tokens(2, 5)
+    ids = torch.cat([torch.full((2, 8), 5), rows], 1)
+    mask = torch.tensor([[0] * 8 + [1] * 5] * 2)
+    parts, cache = [], None
+    for start, end in ((0, 4), (4, 7), (7, 13)):
+        logits, cache = run(model, ids[:, start:end], cache, attention_mask=mask[:, :end])
+        parts.append(logits)
+    assert (torch.cat(parts, 1)[:, 8:] - model(rows, use_cache=False).logits).abs().max() < EXACT
+
+
+@torch.no_grad()
+def test_a_mask_that_cannot_be_followed_is_refused():
+    model, ids = tiny_model(), tokens(1, 9)
+    _, cache = run(model, ids)
+    with pytest.raises(ValueError, match="attention_mask has 3 columns for 12 tokens"):
+        run(model, ids[:, :3], cache, attention_mask=torch.ones(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
+        run(model, ids, attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool).tril())

@@ -49,3 +49,15 @@ def test_a_document_does_not_change_when_its_neighbour_does():
     other = ids.clone()
     other[:, :11] = tokens(1, 11, seed=9)
     assert torch.equal(model(ids, cu_seqlens=cu).logits[:, 11:], model(other, cu_seqlens=cu).logits[:, 11:])
+
+
+@torch.no_grad()
+def test_positions_that_restart_tell_documents_to_linear_layers_too():
+    model, lengths = tiny_model(conv_kernel=3, exact_start=True), (4, 1, 7)
+    rows = [tokens(1, n, seed=n) for n in lengths]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    logits = model(torch.cat(rows, 1), position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(row, use_cache=False).logits for row in rows], 1)
+    assert (logits - alone).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="position_ids restart within a row"):
+        model(torch.cat(rows, 1).repeat(2, 1), position_ids=positions.repeat(2, 1), use_cache=False)

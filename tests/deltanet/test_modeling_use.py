@@ -32,6 +32,14 @@ def test_generation_with_and_without_cache_agree(layout, options):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}])
+def test_embeddings_of_a_prompt_do_for_the_prompt(layout, options):
+    model, ids = tiny_model(layout), tokens(1, 10)
+    embedded = model.generate(inputs_embeds=model.model.embed_tokens(ids), **GREEDY, **options)
+    assert torch.equal(embedded, model.generate(ids, **GREEDY, **options)[:, 10:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_left_padded_batch_generates_what_each_row_generates_alone(layout):
     model = tiny_model(layout)
     rows = [tokens(1, n, seed=n) for n in (3, 8)]
