@@ -109,7 +109,7 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{path}: holds a {type(raw).__name__}, not an object")
     layers = raw.get("num_hidden_layers", 0)
     if type(layers) is not int or not 0 <= layers <= MOST_LAYERS:
-        raise UserError(f"{path}: num_hidden_layers is {str(layers)[:40]}; allowed: 1 to {MOST_LAYERS:,}")
+        raise UserError(f"{path}: num_hidden_layers is {repr(layers)[:40]}; allowed: 1 to {MOST_LAYERS:,}")
     return raw
 
 

@@ -181,7 +181,8 @@ def make_plan(checkpoint: Checkpoint, config: DeltaNetConfig, dtype: torch.dtype
     """Accounts for every tensor of the source. `dtype` None keeps each tensor's own.
 
     A tied head that the file stores all the same is dropped when its bytes are the embedding's; otherwise the two
-    are untied, as transformers does. Raises UserError naming missing, extra, wrongly shaped or unreadable tensors.
+    are untied, as transformers does. Where the file has the head alone, it is the embedding too. Raises UserError
+    naming missing, extra, wrongly shaped or unreadable tensors.
     """
     plan = Plan(config, [], notes=list(checkpoint.notes))
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
@@ -192,8 +193,11 @@ def make_plan(checkpoint: Checkpoint, config: DeltaNetConfig, dtype: torch.dtype
             config.tie_word_embeddings = False
             plan.notes.append(f"{head} differs from {embedding}, so the two are not tied, whatever config.json says")
     expected = teacher_tensors(config)
-    _check_names(checkpoint, expected, plan)
-    main = dtype or _main_dtype(checkpoint, expected)
+    sources = {name: name for name in expected}
+    if config.tie_word_embeddings and head in checkpoint.entries and embedding not in checkpoint.entries:
+        sources[embedding] = head
+    _check_names(checkpoint, sources, plan)
+    main = dtype or _main_dtype(checkpoint, sources)
     linear = {index for index, kind in enumerate(config.layer_types) if kind == LINEAR}
     done: set[int] = set()
     for name, shape in expected.items():
@@ -201,27 +205,28 @@ def make_plan(checkpoint: Checkpoint, config: DeltaNetConfig, dtype: torch.dtype
         if layer in linear - done:
             plan.moves += new_tensors(config, layer, main)
             done.add(layer)
-        entry = checkpoint.entries[name]
+        source = sources[name]
+        entry = checkpoint.entries[source]
         if entry.shape != shape:
             raise UserError(
-                f"{entry.file}: {name} is {list(entry.shape)}, but {checkpoint.folder / 'config.json'} "
+                f"{entry.file}: {source} is {list(entry.shape)}, but {checkpoint.folder / 'config.json'} "
                 f"makes it {list(shape)}"
             )
         if entry.dtype not in READABLE:
-            raise UserError(f"{entry.file}: {name} is {entry.dtype}; allowed: float32, bfloat16, float16, float64")
+            raise UserError(f"{entry.file}: {source} is {entry.dtype}; allowed: float32, bfloat16, float16, float64")
         target = dtype or entry.dtype
-        plan.moves.append(Move(name, shape, target, "copy" if target == entry.dtype else "cast", name))
+        plan.moves.append(Move(name, shape, target, "copy" if target == entry.dtype else "cast", source))
     config.dtype = main
     return plan
 
 
-def _check_names(checkpoint: Checkpoint, expected: dict, plan: Plan) -> None:
-    missing = [name for name in expected if name not in checkpoint.entries]
+def _check_names(checkpoint: Checkpoint, sources: dict[str, str], plan: Plan) -> None:
+    missing = [source for source in sources.values() if source not in checkpoint.entries]
     if missing:
         raise UserError(f"{checkpoint.folder}: {_some(missing)} missing, though config.json needs it")
-    extra, unused = [], unused_norms(plan.config)
+    extra, known, unused = [], set(sources.values()), unused_norms(plan.config)
     for name in checkpoint.entries:
-        if name in expected or name in plan.dropped:
+        if name in known or name in plan.dropped:
             continue
         if name in unused:
             plan.dropped[name] = "linear layers of this student have no q/k norm"
@@ -251,10 +256,10 @@ def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return True
 
 
-def _main_dtype(checkpoint: Checkpoint, expected: dict) -> torch.dtype:
+def _main_dtype(checkpoint: Checkpoint, sources: dict[str, str]) -> torch.dtype:
     """The dtype most of the weights' bytes have."""
     weights: dict[torch.dtype, int] = {}
-    for name in expected:
-        entry = checkpoint.entries[name]
+    for source in sources.values():
+        entry = checkpoint.entries[source]
         weights[entry.dtype] = weights.get(entry.dtype, 0) + math.prod(entry.shape)
     return max(weights, key=lambda dtype: weights[dtype])

@@ -89,7 +89,7 @@ def licence_of(folder: Path, name: str, stated: str | None) -> Licence | None:
     head = card_head(folder)
     if isinstance(head.get("license"), str):
         return from_head(head)
-    for path in sorted([*folder.glob("LICEN[CS]E*"), *folder.glob("COPYING*")]):
+    for path in sorted(filter(Path.is_file, [*folder.glob("LICEN[CS]E*"), *folder.glob("COPYING*")])):
         with open(path, "rb") as file:
             start = file.read(4096).decode("utf-8", errors="replace")
         for pattern, identifier in HEADS:

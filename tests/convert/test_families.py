@@ -143,6 +143,7 @@ def test_the_rotary_base_survives_every_generation_of_config(tmp_path):
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"model_type": None}, "None"),
         ({"model_type": "deltanet_hybrid"}, "student already"),
+        ({"num_hidden_layers": "4"}, r"num_hidden_layers is '4'; allowed: 1 to"),
         ({"num_attention_heads": 0}, r"config.json: num_attention_heads is 0; allowed: 1 or more"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
         ({"num_key_value_heads": 3}, r"config.json: .*not a multiple"),

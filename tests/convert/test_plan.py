@@ -3,14 +3,14 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, edit_config, make_teacher, tokens
+from tiny import FAMILIES, edit_config, make_teacher, raw_tensors, tokens
 
-from convert import load_teacher, student_from_teacher
+from convert import convert, load_teacher, student_from_teacher
 from convert.checkpoint import open_checkpoint
 from convert.families import teacher_config
 from convert.layouts import parse_layout
 from convert.plan import make_plan, student_config, teacher_tensors
-from deltanet import DeltaNetForCausalLM
+from deltanet import DeltaNetForCausalLM, load_student
 from deltanet_errors import UserError
 
 
@@ -140,6 +140,21 @@ def test_a_tied_head_that_is_stored_is_dropped_or_untied(tmp_path):
     assert "lm_head.weight" in {move.target for move in plan.moves}
     assert any("not tied" in note for note in plan.notes)
     assert torch.equal(load_teacher(tmp_path).lm_head.weight, embedding + 1)
+
+
+def test_of_a_tied_pair_the_head_may_be_the_one_that_is_stored(tmp_path):
+    """safetensors.torch.save_model keeps one name of a shared tensor, and it is this one."""
+    from safetensors.torch import save_model
+
+    teacher = tmp_path / "teacher"
+    original = make_teacher(teacher, "qwen3")
+    save_model(original, teacher / "model.safetensors", metadata={"format": "pt"})
+    assert "model.embed_tokens.weight" not in raw_tensors(teacher)
+    convert(teacher, tmp_path / "student", hybrid="all", calibrate=["none"])
+    assert raw_tensors(tmp_path / "student")["model.embed_tokens.weight"] == raw_tensors(teacher)["lm_head.weight"]
+    with torch.no_grad():
+        for model in (load_student(tmp_path / "student"), load_teacher(teacher)):
+            assert torch.equal(model(tokens()).logits, original(tokens()).logits)
 
 
 @pytest.mark.parametrize(

@@ -67,3 +67,9 @@ def test_what_cannot_be_read_is_no_licence(text, tmp_path):
 def test_a_huge_card_is_not_read(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n" + "x" * (1 << 20))
     assert card_head(tmp_path) == {}
+
+
+def test_a_folder_of_licences_is_no_licence(tmp_path):
+    (tmp_path / "LICENSE").mkdir()
+    (tmp_path / "LICENSE-MIT").write_text("MIT License\n")
+    assert licence_of(tmp_path, "nobody/model", None).identifier == "mit"
