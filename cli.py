@@ -27,10 +27,17 @@ class _Parser(argparse.ArgumentParser):
     """One line for a wrong option, as for every other wrong input."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.tell(f"{message} (--help lists the options)")
+        self.exit(2)
+
+    def tell(self, text: str) -> None:
+        """One line on stderr, in which no secret is repeated that an option held by mistake."""
+        from distill.redact import mask
+
+        print(f"{self.prog}: {mask(text)}", file=sys.stderr)
 
 
-def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def _parser(command: str, description: str, epilog: str) -> _Parser:
     parser = _Parser(
         prog=command,
         description=description,
@@ -79,7 +86,7 @@ def _of_source() -> str:
         return "of unknown version"
 
 
-def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, call: Callable) -> int:
+def _run(parser: _Parser, argv: Sequence[str] | None, call: Callable) -> int:
     """Parses, calls, and turns errors into one line on stderr and an exit code."""
     arguments = parser.parse_intermixed_args(argv)  # KEY.PATH=VALUE may follow an option
     for name, level in QUIET.items():
@@ -96,14 +103,14 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, call: Call
         if arguments.debug:
             raise
         if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename is not None:
-            print(f"{parser.prog}: {error.filename}: {error.strerror}", file=sys.stderr)
+            parser.tell(f"{error.filename}: {error.strerror}")
             return 2
         if not isinstance(error, DeltanetError):
             kind = type(error).__name__
             told = one_line(error).removeprefix(f"{kind}: ")
-            print(f"{parser.prog}: {kind}: {told} (--debug shows where)", file=sys.stderr)
+            parser.tell(f"{kind}: {told} (--debug shows where)")
             return 1
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        parser.tell(str(error))
         return error.exit_code
 
 

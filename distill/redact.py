@@ -14,7 +14,10 @@ _KEY = re.compile(
     r"(hf_|hub_|api_|auth_|access_|bearer_|wandb_|github_)?(token|key|secret)|.*(password|passwd|api_?key|secret_?key)",
     re.IGNORECASE,
 )
-_TOKEN = re.compile(r"\b(hf_|hf_oauth_|sk-|ghp_|github_pat_|glpat-|AKIA|xox[bp]-)[A-Za-z0-9_-]{6,}")
+# Random letters come in both cases, unlike those of a folder called hf_models or sk-learn-data.
+_TOKEN = re.compile(
+    r"\b(hf_(?=\w*[A-Z])|(sk-|ghp_|github_pat_|glpat-|AKIA|xox[bp]-)(?=[\w-]*[A-Z0-9]))[A-Za-z0-9_-]{6,}"
+)
 _URL = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@'\"]+@")
 _VARIABLE = re.compile(r".*(TOKEN|API_?KEY|SECRET|PASSWORD)", re.IGNORECASE)
 

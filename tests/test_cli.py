@@ -164,6 +164,35 @@ def test_generate_names_the_folder_of_a_student_that_is_out_of_range(tmp_path, c
     assert f"deltanet-generate: {tmp_path}: cannot be loaded: config.mixer is 'x'; allowed: gated_delta" in error
 
 
+@pytest.mark.parametrize("secret", ["hf_AAAAdummy", "https://user:pw@host/model", "plain-word-secret"])
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("convert", ["{}", "-o", "student"]),
+        ("convert", ["demo", "-o", "student", "--hybrid", "{}"]),
+        ("convert", ["demo", "-o", "student", "--calibrate", "{}"]),
+        ("convert", ["demo", "-o", "student", "--token", "{}"]),
+        ("convert", ["demo", "-o", "student", "--seed", "{}"]),
+        ("push", ["demo", "{}"]),
+        ("eval", ["demo", "--text", "{}"]),
+        ("generate", ["{}", "hello"]),
+        ("distill", ["{}"]),
+        ("distill", ["quickstart", "--resume", "{}"]),
+    ],
+)
+def test_a_secret_among_the_arguments_is_not_repeated(command, arguments, secret, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "plain-word-secret")
+    try:
+        code = getattr(cli, f"{command}_main")([argument.format(secret) for argument in arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    told = "".join(capsys.readouterr())
+    assert code == 2
+    assert "***" in told
+    assert secret not in told
+    assert ":pw" not in told
+
+
 def test_what_is_wrong_with_a_path_is_wrong_input(capsys):
     assert cli.generate_main(["x" * 300, "hello"]) == 2
     assert capsys.readouterr().err == f"deltanet-generate: {'x' * 300}: File name too long\n"

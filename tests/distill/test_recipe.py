@@ -288,6 +288,8 @@ def test_masking_hides_secrets_and_the_environments_and_nothing_else(monkeypatch
     monkeypatch.setenv("HF_TOKEN", "plain-word-secret")
     masked = mask({"a": ["x hf_BBBBdummy y", "plain-word-secret"], "token": "abc", "cls_token": "[CLS]", "n": 3})
     assert masked == {"a": ["x *** y", "***"], "token": "***", "cls_token": "[CLS]", "n": 3}
+    for path in ("runs/hf_models/llama3", "sk-learn-data/text.jsonl", "hf_dataset_v2.jsonl", "my_hf_AAAAdummy"):
+        assert mask(path) == path
     assert mask("get https://user:pw@host/x?y=1") == "get https://***@host/x?y=1"
     assert mask("mail me@host.org, https://host/a@b") == "mail me@host.org, https://host/a@b"
     assert "plain-word-secret" not in show(parse("model: demo", "model: plain-word-secret"))
