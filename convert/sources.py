@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltanet.bounds import refuse_misfits
 from deltanet_errors import DeltanetError, UserError, nearest, one_line
 
+from .gguf_rotary import FREQUENCIES, gguf_rotary
 from .links import refuse_links_out
 from .presets import PRESETS
 from .publish.hub_errors import may_pass, reason, repeated
@@ -153,13 +155,23 @@ def _dequantise(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        stored = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1}
+        reader = gguf.GGUFReader(path)
+        stored = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
         plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         dtype = plain.get(next(iter(stored)), torch.bfloat16) if len(stored) == 1 else torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model.config.rope_parameters = model.config.rope_parameters | gguf_rotary(reader, model.config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # the readers raise many kinds for a damaged or unknown file
         raise UserError(f"{path}: cannot be read as gguf: {one_line(error)}") from None
+    refuse_misfits(info, str(path))
+    found = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name != FREQUENCIES)
+    if found != (made := sum(parameter.numel() for parameter in model.parameters())):
+        raise UserError(f"{path}: its tensors have {found:,} numbers, but transformers makes {made:,} of them")
     # What loading leaves behind claims that the weights are still quantised; save_pretrained refuses that.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,14 +1,18 @@
 """SOURCE: folders, presets, the embedded teacher, the Hub (as far as its errors go) and .gguf files."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_teacher, tokens
 
 from convert import convert, load_teacher
+from convert.gguf_rotary import FREQUENCIES, LLAMA3
 from convert.presets import PRESETS, table
 from convert.sources import COMPANIONS, open_source
+from deltanet import load_student
 from deltanet_errors import UserError
 
 
@@ -123,8 +127,9 @@ def test_the_embedded_teacher_converts(tmp_path):
     assert report["tensors"]["kept"] == report["tensors"]["kept_identical"] > 0
 
 
-def write_gguf(path, model, kind):
-    """A Llama as llama.cpp's converter writes it: q and k rows interleaved, a byte-level tokenizer inside."""
+def write_gguf(path, model, kind=None, add=lambda writer: None):
+    """A Llama as llama.cpp's converter writes it: q and k rows interleaved, a byte-level tokenizer inside. `add` writes
+    what else the file has."""
     gguf = pytest.importorskip("gguf")
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, "llama")
@@ -136,7 +141,7 @@ def write_gguf(path, model, kind):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(model.config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     words = ["<unk>", "<s>", "<|im_end|>", "<|endoftext|>", *map(chr, range(33, 33 + config.vocab_size - 5)), '!"']
@@ -177,6 +182,7 @@ def write_gguf(path, model, kind):
             writer.add_tensor(name, data, raw_dtype=getattr(gguf.GGMLQuantizationType, kind))
         else:
             writer.add_tensor(name, data)
+    add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -185,8 +191,7 @@ def write_gguf(path, model, kind):
 
 @pytest.mark.parametrize("kind", [None, "Q8_0"])
 def test_a_gguf_file_is_dequantised_and_stops_at_every_end(kind, tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "attention_bias": False, "mlp_bias": False}
-    original = make_teacher(tmp_path / "teacher", **sizes)
+    original = make_teacher(tmp_path / "teacher", **GGUF_SIZES)
     path = tmp_path / "tiny.gguf"
     write_gguf(path, original, kind)
     convert(path, tmp_path / "student", hybrid="all", calibrate=["none"])
@@ -195,8 +200,6 @@ def test_a_gguf_file_is_dequantised_and_stops_at_every_end(kind, tmp_path):
     assert "quantization_config" not in config
     ends = json.loads((tmp_path / "student" / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [2, 3]
-    from deltanet import load_student
-
     with torch.no_grad():
         made, wanted = load_student(tmp_path / "student")(tokens()).logits, original(tokens()).logits
     if kind is None:
@@ -204,6 +207,70 @@ def test_a_gguf_file_is_dequantised_and_stops_at_every_end(kind, tmp_path):
     else:
         # 8-bit blocks and bfloat16 round at 2^-8; four layers add up.
         assert (made - wanted).norm() < 0.1 * wanted.norm()
+
+
+GGUF_SIZES = {"hidden_size": 64, "intermediate_size": 96, "attention_bias": False, "mlp_bias": False}
+
+
+def stretched(factor, length=8192):
+    """`rope_freqs` of llama.cpp's converter, for heads of 16 and the base 10000."""
+    found = []
+    for number in range(0, 16, 2):
+        waves = length * 10000.0 ** (-number / 16) / (2 * math.pi)  # in the context of the pretraining
+        smooth = min(max((waves - 1) / 3, 0), 1)
+        found.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, np.float32)
+
+
+def scaling(name, factor, length=None):
+    def add(writer):
+        writer.add_string("llama.rope.scaling.type", name)
+        writer.add_rope_scaling_factor(factor)
+        writer.add_rope_scaling_finetuned(True)
+        if length is not None:
+            writer.add_rope_scaling_orig_ctx_len(length)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("rope", "add"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, scaling("linear", 4.0)),
+        ({"rope_type": "linear", "factor": 4.0}, lambda writer: writer.add_rope_scaling_factor(4.0)),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            scaling("yarn", 4.0, 64),
+        ),
+        (LLAMA3 | {"factor": 8.0}, lambda writer: writer.add_tensor(FREQUENCIES, stretched(8.0))),
+        (LLAMA3 | {"factor": 32.0}, lambda writer: writer.add_tensor(FREQUENCIES, stretched(32.0))),
+        ({"rope_type": "default"}, lambda writer: writer.add_tensor(FREQUENCIES, np.ones(8, np.float32))),
+        ({"rope_type": "default"}, scaling("none", 4.0)),
+    ],
+)
+def test_the_rotary_scaling_of_a_gguf_file_reaches_the_student(rope, add, tmp_path):
+    original = make_teacher(tmp_path / "teacher", rope_parameters=rope | {"rope_theta": 1e4}, **GGUF_SIZES)
+    write_gguf(tmp_path / "tiny.gguf", original, add=add)
+    convert(tmp_path / "tiny.gguf", tmp_path / "student", hybrid="all", calibrate=["none"])
+    with torch.no_grad():
+        made = load_student(tmp_path / "student")(tokens(1, 256)).logits
+        assert torch.equal(made, original(tokens(1, 256)).logits)
+
+
+@pytest.mark.parametrize(
+    ("add", "says"),
+    [
+        (scaling("longrope", 4.0), "rope scaling longrope"),
+        (lambda writer: writer.add_rope_scaling_attn_factors(2.0), "attn_factor"),
+        (lambda writer: writer.add_tensor(FREQUENCIES, stretched(8.0, 4096)), f"{FREQUENCIES} is not"),
+        (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)), "numbers, but transformers"),
+        (lambda writer: writer.tensors[0].pop("token_embd.weight"), "missing: model.embed_tokens.weight"),
+    ],
+)
+def test_what_the_reader_of_gguf_files_leaves_out_is_refused(add, says, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", make_teacher(tmp_path / "teacher", **GGUF_SIZES), add=add)
+    with pytest.raises(UserError, match=rf"tiny\.gguf: .*{says}"):
+        opened(tmp_path / "tiny.gguf")
 
 
 def test_a_file_that_only_ends_in_gguf_is_refused(tmp_path):
