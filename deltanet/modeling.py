@@ -189,6 +189,8 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
 
 
 class DeltaNetModel(DeltaNetPreTrainedModel):
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: DeltaNetConfig):
         super().__init__(config)
         padding = config.pad_token_id

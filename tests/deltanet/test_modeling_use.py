@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from tiny_student import LAYOUTS, tiny_config, tiny_model, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, UserError, load_student, mixer
+from deltanet.modeling import DeltaNetModel
 
 GREEDY = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 0}
 
@@ -104,6 +105,15 @@ def test_a_saved_student_loads_bit_equal_by_auto_class(tmp_path):
     assert type(loaded) is DeltaNetForCausalLM
     assert torch.equal(model(ids).logits, loaded(ids).logits)
     assert torch.equal(model(ids).logits, load_student(tmp_path)(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_decoder_alone_loads_from_a_saved_student(tied, tmp_path):
+    model, ids = tiny_model(tie_word_embeddings=tied), tokens(1, 12)
+    model.save_pretrained(tmp_path)
+    decoder = AutoModel.from_pretrained(tmp_path)
+    assert type(decoder) is DeltaNetModel
+    assert torch.equal(decoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "wrong shape"])
