@@ -55,6 +55,18 @@ def _llama(version: str, called: str, shown: str, prefix: str) -> Licence:
 KNOWN = (
     Licence("apache-2.0", "Apache-2.0", obligations=("pass on the licence text and any NOTICE, and say what changed",)),
     Licence("mit", "MIT", obligations=("pass on the copyright notice and the licence text",)),
+    Licence(
+        "llama2",
+        "Llama 2 Community License",
+        obligations=(
+            "pass on a copy of the agreement with the model",
+            "keep the NOTICE file with the model",
+            "keep to Meta's acceptable use policy; a licence from Meta is needed above 700 million monthly users",
+            "use neither it nor what it writes to improve large language models other than Llama 2",
+        ),
+        notice="Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. "
+        "All Rights Reserved.",
+    ),
     _llama("3", "Meta Llama 3", "Meta Llama 3", "Llama 3"),
     *(_llama(version, f"Llama {version}", "Llama", "Llama") for version in ("3.1", "3.2", "3.3")),
     Licence(
@@ -65,10 +77,13 @@ KNOWN = (
         obligations=("use it for research and evaluation only, not commercially", 'show "Built with Qwen"'),
     ),
 )
+IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+"""As the Hub writes them; it takes no card with another."""
 # First lines by which a LICENSE file is recognised.
 HEADS = (
     (re.compile(r"Apache License\s+Version 2\.0"), "apache-2.0"),
     (re.compile(r"MIT License"), "mit"),
+    (re.compile(r"LLAMA 2 COMMUNITY LICENSE", re.IGNORECASE), "llama2"),
     (re.compile(r"LLAMA 3\.1 COMMUNITY LICENSE", re.IGNORECASE), "llama3.1"),
     (re.compile(r"LLAMA 3\.2 COMMUNITY LICENSE", re.IGNORECASE), "llama3.2"),
     (re.compile(r"LLAMA 3\.3 COMMUNITY LICENSE", re.IGNORECASE), "llama3.3"),
@@ -110,7 +125,9 @@ def by_title(title: str) -> Licence:
 
 def from_head(head: dict) -> Licence:
     """The licence that a card's metadata (`Licence.metadata`) names."""
-    identifier = head["license"]
+    identifier = head["license"].lower()
+    if not IDENTIFIER.fullmatch(identifier):
+        return by_title(head["license"])
     if identifier != "other":
         known = next((licence for licence in KNOWN if licence.identifier == identifier), None)
         return known or Licence(identifier, identifier)

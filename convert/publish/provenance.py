@@ -60,7 +60,9 @@ def _shown(value: object) -> str:
 
 
 def _language(head: dict) -> str | list[str] | None:
-    languages = [item for item in list_of(head.get("language")) if isinstance(item, str) and len(item) <= 16]
+    # YAML 1.1 reads the code of Norwegian as false.
+    items = ["no" if item is False else item for item in list_of(head.get("language"))]
+    languages = [item for item in items if isinstance(item, str) and len(item) <= 16]
     return (languages if len(languages) > 1 else languages[0]) if languages else None
 
 

@@ -22,6 +22,8 @@ def test_llama_licences_name_the_notice_and_the_prefix():
     assert licence.prefix == "Llama"
     assert licence.notice.endswith("Copyright © Meta Platforms, Inc. All Rights Reserved.")
     assert by_title("Meta Llama 3 Community License").prefix == "Llama 3"
+    assert by_title("llama2").notice.startswith("Llama 2 is licensed under the LLAMA 2 Community License, Copyright")
+    assert by_title("llama2").prefix is None
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,13 @@ def test_llama_licences_name_the_notice_and_the_prefix():
             {"license": "other", "license_name": "mine", "license_link": "https://x.example/y"},
         ),
         ("license: llama3.3", {"license": "llama3.3"}),
+        ("license: Apache-2.0", {"license": "apache-2.0"}),
+        ("license: OpenRAIL++", {"license": "openrail++"}),
+        (
+            "license: My Own License 2.0",
+            {"license": "other", "license_name": "my-own-license-2.0"},
+        ),
+        ("license: llama2", {"license": "llama2"}),
     ],
 )
 def test_the_head_of_the_sources_card_tells(head, metadata, tmp_path):
@@ -51,6 +60,7 @@ def test_the_head_of_the_sources_card_tells(head, metadata, tmp_path):
         ("MIT License\n\nCopyright (c)", "mit"),
         ("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n", "llama3.1"),
         ("META LLAMA 3 COMMUNITY LICENSE AGREEMENT\n", "llama3"),
+        ("LLAMA 2 COMMUNITY LICENSE AGREEMENT\nLlama 2 Version Release Date", "llama2"),
     ],
 )
 def test_a_licence_file_tells_where_no_card_does(start, identifier, tmp_path):

@@ -3,9 +3,12 @@
 import json
 import shlex
 
+import pytest
+
 import cli
 from convert import convert
 from convert.command import defaults_of
+from convert.publish.licences import card_head
 from convert.publish.provenance import command_line, list_of
 
 
@@ -45,3 +48,13 @@ def test_a_folder_of_the_hubs_cache_gives_its_repository(source, tmp_path):
     source.rename(home)
     convert(home, tmp_path / "s", calibrate=["none"])
     assert json.loads((tmp_path / "s" / "conversion.json").read_text())["base_model"] == "owner/some-name"
+
+
+@pytest.mark.parametrize(
+    ("head", "language"),
+    [("language: no", "no"), ("language: [en, no]", ["en", "no"]), ("language: {a: b}", None), ("license: mit", None)],
+)
+def test_the_languages_of_the_source_go_on(head, language, source, tmp_path):
+    (source / "README.md").write_text(f"---\n{head}\n---\n")
+    convert(source, tmp_path / "s", calibrate=["none"])
+    assert card_head(tmp_path / "s").get("language") == language
