@@ -213,16 +213,19 @@ def write_text(
 
     A third of the rows begin like a document, a third with a random token, a third like a chat where the teacher has
     a template (else like a document). No sampled token ends a row: after an end of text the teacher starts another.
+    Raises UserError where these beginnings have a token that the teacher does not know.
     """
     generator = torch.Generator(teacher.device).manual_seed(seed)
     vocabulary = teacher.config.vocab_size
-    start = document_start(tokenizer) if tokenizer is not None else teacher.config.bos_token_id
+    named = teacher.config.bos_token_id
+    start = document_start(tokenizer) if tokenizer is not None else named if named in range(vocabulary) else None
     start = 0 if start is None else start
     chat = _chat_opening(tokenizer) or [start]
     openings = [[chat, [start], [start, _any_token(vocabulary, generator)]][row % 3] for row in range(windows)]
     given = torch.full((windows, length), -1, dtype=torch.int64)
     for row, opening in enumerate(openings):
         given[row, : len(opening)] = torch.tensor(opening)[:length]
+    _refuse_strangers([given], vocabulary)
     out = given.clone()
     batch = batch or BATCH.get(teacher.device.type, BATCH["cpu"])
     for group in (slice(first, first + batch) for first in range(0, windows, batch)):

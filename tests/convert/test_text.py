@@ -18,7 +18,7 @@ from convert.text import (
     tokenise,
     write_text,
 )
-from deltanet import DeltaNetConfig, UserError
+from deltanet import DeltaNetConfig, DeltaNetForCausalLM, UserError
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,24 @@ def test_a_teacher_without_finite_logits_cannot_write(tokenizer):
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="logits are not finite"):
         write_text(model, tokenizer, 1, 4, 0)
+
+
+def tiny_writer(**settings):
+    config = DeltaNetConfig(vocab_size=96, hidden_size=16, num_hidden_layers=1, intermediate_size=16, **settings)
+    return DeltaNetForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("start", [400, -1, None])
+def test_without_a_tokenizer_a_first_token_outside_of_the_vocabulary_is_not_used(start):
+    written = write_text(tiny_writer(bos_token_id=start), None, 3, 6, 0)
+    assert written.min() >= 0
+    assert written.max() < 96
+
+
+def test_a_template_whose_tokens_the_teacher_does_not_know_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "zebra {{ messages[0].content }}", raising=False)
+    with pytest.raises(UserError, match="the source's tokenizer gives token .*, but config.json has room for 96"):
+        write_text(tiny_writer(), tokenizer, 3, 32, 0)
 
 
 def test_what_is_set_aside_and_the_rest_are_the_whole_text_and_do_not_overlap():
