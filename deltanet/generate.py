@@ -161,7 +161,7 @@ def _encode(tokenizer, prompt: str, chat: bool, model: str, config) -> dict:
     else:
         inputs = tokenizer(prompt, return_tensors="pt", verbose=False)
     if inputs["input_ids"].shape[1] == 0:
-        if config.bos_token_id is None:
+        if config.bos_token_id not in range(config.vocab_size):
             raise UserError("the prompt is empty, and the model has no token to begin with")
         inputs = {
             "input_ids": torch.tensor([[config.bos_token_id]]),

@@ -5,13 +5,12 @@ are transformers' own. Read `mixer.py` for the linear layer. Twin tests: tests/d
 """
 
 import inspect
-import types
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.masking_utils import (
     create_causal_mask,
@@ -48,29 +47,48 @@ def _seen_tokens(cache, layer_idx: int = 0) -> int:
     return getattr(cache, "seen_tokens", 0)
 
 
-def _crop(cache, tokens_to_remove: int) -> None:
-    type(cache).crop(cache, tokens_to_remove)
-    seen = _seen_tokens(cache)
-    cache.seen_tokens = min(seen, tokens_to_remove) if tokens_to_remove > 0 else seen + tokens_to_remove
+class Counting:
+    """What a cache needs for linear layers, which by themselves neither count tokens nor take them back: it counts what
+    `DeltaNetModel.forward` has run (`seen_tokens`), and its linear layers can `crop` (rollback.py)."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        seen = _seen_tokens(self)
+        self.seen_tokens = min(seen, tokens_to_remove) if tokens_to_remove > 0 else seen + tokens_to_remove
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if any(hasattr(layer, "keys") for layer in self.layers):
+            return super().get_seq_length(layer_idx)
+        return _seen_tokens(self)
 
 
-def _reset(cache) -> None:
-    type(cache).reset(cache)
-    cache.seen_tokens = 0
+class CountingDynamicCache(Counting, DynamicCache):
+    """The caches of transformers that are used, by a name under which they can be stored."""
+
+
+class CountingStaticCache(Counting, StaticCache):
+    pass
+
+
+COUNTING = {DynamicCache: CountingDynamicCache, StaticCache: CountingStaticCache}
 
 
 def _teach(cache, config: DeltaNetConfig) -> None:
-    """Makes transformers' cache fit for linear layers, which by themselves neither count tokens nor take them back: the
-    cache counts what `DeltaNetModel.forward` has run, and its linear layers can `crop` (rollback.py). Bound methods, so
-    that deep copies of the cache count their own. One that was made without a configuration gets its layers here."""
+    """Makes transformers' cache one that counts. One that was made without a configuration gets its layers here."""
     if not cache.layers:
         cache.layers = DynamicCache(config=config).layers
     for layer in cache.layers:
         if type(layer) is LinearAttentionLayer:
             layer.__class__ = StateLayer
-    cache.crop, cache.reset = types.MethodType(_crop, cache), types.MethodType(_reset, cache)
-    if not any(hasattr(layer, "keys") for layer in cache.layers):
-        cache.get_seq_length = types.MethodType(_seen_tokens, cache)
+    kind = type(cache)
+    if not issubclass(kind, Counting):
+        if kind not in COUNTING:
+            COUNTING[kind] = type(f"Counting{kind.__name__}", (Counting, kind), {})
+        cache.__class__ = COUNTING[kind]
 
 
 class Attention(nn.Module):
@@ -333,17 +351,22 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get(CACHE) is not None:
-            _teach(model_kwargs[CACHE], self.config)
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
+        if cache is not None:
+            _teach(cache, self.config)
+        # transformers leaves out a mask of ones, and keeps its length.
+        given = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        if given and given <= (seen := _seen_tokens(cache)):
+            raise UserError(f"the cache holds {seen} tokens, and the prompt has {given}: none is left to be run")
         return prepared
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         """Of a whole conversation given again with its cache, only what the cache has not seen is run.
         transformers does so itself, but not for a cache of linear layers alone."""
-        seen, mask = _seen_tokens(kwargs.get(CACHE)), kwargs.get("attention_mask")
-        whole = mask is None or (isinstance(mask, torch.Tensor) and mask.shape[1] == input_ids.shape[1])
-        if next_sequence_length is None and whole and 0 < seen < input_ids.shape[1]:
-            next_sequence_length = input_ids.shape[1] - seen
+        seen, mask, given = _seen_tokens(kwargs.get(CACHE)), kwargs.get("attention_mask"), input_ids.shape[1]
+        whole = mask is None or (isinstance(mask, torch.Tensor) and mask.shape[1] == given)
+        if next_sequence_length is None and whole and 0 < seen < given:
+            next_sequence_length = given - seen
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )

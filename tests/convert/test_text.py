@@ -104,7 +104,7 @@ def test_without_a_tokenizer_a_first_token_outside_of_the_vocabulary_is_not_used
 
 def test_a_template_whose_tokens_the_teacher_does_not_know_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "zebra {{ messages[0].content }}", raising=False)
-    with pytest.raises(UserError, match="the source's tokenizer gives token .*, but config.json has room for 96"):
+    with pytest.raises(UserError, match=r"the source's tokenizer gives token .*, but config.json has room for 96"):
         write_text(tiny_writer(), tokenizer, 3, 32, 0)
 
 

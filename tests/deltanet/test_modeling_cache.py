@@ -8,6 +8,7 @@ from tiny_student import LAYOUTS, tiny_model, tokens
 from transformers import DynamicCache
 
 from deltanet.modeling import CACHE
+from deltanet_errors import UserError
 
 VARIANTS = {
     "plain": {},
@@ -137,6 +138,26 @@ def test_a_reset_cache_begins_anew(layout):
     cache.reset()
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **options, **{CACHE: cache}), model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_cache_can_be_stored(layout, tmp_path):
+    model, ids = tiny_model(layout, conv_kernel=3), tokens(1, 12)
+    _, cache = run(model, ids[:, :7])
+    torch.save(cache, tmp_path / "prefix.pt")
+    cache = torch.load(tmp_path / "prefix.pt", weights_only=False)
+    assert cache.get_seq_length() == 7
+    assert (run(model, ids[:, 7:], cache)[0] - model(ids, use_cache=False).logits[:, 7:]).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("length", [5, 8])
+def test_a_prompt_that_is_in_the_cache_already_is_refused(layout, length):
+    model, ids = tiny_model(layout), tokens(1, 8)
+    _, cache = run(model, ids)
+    with pytest.raises(UserError, match=f"the cache holds 8 tokens, and the prompt has {length}: none is left"):
+        model.generate(ids[:, :length], max_new_tokens=2, pad_token_id=0, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
