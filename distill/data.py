@@ -88,6 +88,14 @@ def split(tokens: Tokens, held_out: float) -> tuple[Part, Part]:
     return train, held
 
 
+def has_target(part: Part, seq_len: int) -> bool:
+    """Whether any document has a target within its first seq_len tokens."""
+    if part.tokens.marks is None:
+        return bool((part.stop - part.start > 1).any())
+    spans = zip(part.start.tolist(), np.minimum(part.stop, part.start + seq_len).tolist())
+    return any(part.tokens.marks[begin + 1 : end].any() for begin, end in spans)
+
+
 class Corpus:
     """`corpus[index]` is packed sequence `index`, for every index >= 0; `len(corpus)` is one epoch of everything."""
 
@@ -103,13 +111,14 @@ class Corpus:
         repeats: float = 0.0,
         noise: float = 0.0,
         pad_id: int = 0,
+        may_be_short: bool = False,
     ):
         """`packing` is for texts; chats are never cut by it and always packed best_fit, after `too_long` (cut or drop)
-        has dealt with those over seq_len; `single` packs nothing. Raises UserError for a source without a sequence or
-        without a target, and for a weight below one in BLOCK."""
+        has dealt with those over seq_len; `single` packs nothing. Raises UserError for a source without a target, for
+        texts that do not fill a sequence unless each `may_be_short`, and for a weight below one in BLOCK."""
         self.seq_len, self.key, self.repeats, self.noise, self.pad_id = seq_len, tuple(key), repeats, noise, pad_id
         self.packing = packing
-        prepared = [_fit(part, seq_len, too_long) for part in parts]
+        prepared = [_fit(part, seq_len, too_long, may_be_short) for part in parts]
         self.parts = [part for part, _ in prepared]
         pack = pack_single if packing == "single" else pack_best_fit
         self._fixed = [None if self._is_wrapped(part) else pack(part.stop - part.start, seq_len) for part in self.parts]
@@ -197,12 +206,12 @@ class Corpus:
         return packing, permutation(self.sizes[source], *self.key, _SEQUENCES, source, epoch)
 
 
-def _fit(part: Part, seq_len: int, too_long: str) -> tuple[Part, dict]:
+def _fit(part: Part, seq_len: int, too_long: str, may_be_short: bool) -> tuple[Part, dict]:
     """The documents as they can be packed, and what had to go. Texts always fit, since packing may cut them."""
     tokens, lengths = part.tokens, part.stop - part.start
     facts = {"source": tokens.name, "documents": len(lengths), "tokens": int(lengths.sum())}
     if tokens.marks is None:
-        if facts["tokens"] < seq_len:
+        if facts["tokens"] < seq_len and not may_be_short:
             raise UserError(
                 f"source {tokens.name}: {facts['tokens']} tokens in all, fewer than one sequence of {seq_len}; give it "
                 "more text or lower seq_len"

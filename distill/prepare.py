@@ -12,7 +12,8 @@ from pathlib import Path
 from convert.command import load_tokenizer
 from deltanet_errors import UserError
 
-from .data import Corpus, Part, Report, chosen, split, whole
+from .batch import num_targets
+from .data import Corpus, Part, Report, chosen, has_target, split, whole
 from .onpolicy import prompt_corpus
 from .packing import Sequence
 from .recipe_rules import stage_sources
@@ -151,14 +152,22 @@ def plan_stages(recipe: Recipe, prepared: Prepared) -> list[StagePlan]:
 
 
 def held_out_sequences(recipe: Recipe, prepared: Prepared) -> list[Sequence]:
-    """Up to evaluation.tokens of held-out text, in sequences of data.seq_len (shorter where there is less).
+    """Up to evaluation.tokens of held-out text, in sequences of data.seq_len (shorter where no source has as much).
 
-    Raises UserError where nothing is held out.
+    Of data.sources one whose share is too small to measure anything takes no part. Raises UserError where nothing can
+    be measured, or not on one of evaluation.sources.
     """
-    parts = prepared.held_out
-    if not parts:
-        raise UserError("nothing is held out for evaluation: set data.held_out above 0 or give evaluation.sources")
-    seq_len = min(recipe.data.seq_len, *(part.num_tokens for part in parts))
-    corpus = Corpus(parts, seq_len=seq_len, key=(recipe.data.seed, HELD_OUT_KEY), pad_id=prepared.pad_id)
-    count = max(1, min(len(corpus), recipe.evaluation.tokens // seq_len))
-    return [corpus[index] for index in range(count)]
+    longest = max((part.num_tokens for part in prepared.held_out), default=0)
+    seq_len, named = min(recipe.data.seq_len, longest), recipe.evaluation.sources
+    parts = [part for part in prepared.held_out if named or has_target(part, seq_len)]
+    sequences: list[Sequence] = []
+    if parts:
+        key = (recipe.data.seed, HELD_OUT_KEY)
+        corpus = Corpus(parts, seq_len=seq_len, key=key, pad_id=prepared.pad_id, may_be_short=True)
+        count = max(1, min(len(corpus), recipe.evaluation.tokens // seq_len))
+        sequences = [corpus[index] for index in range(count)]
+    if not num_targets(sequences):
+        found = f" that says what comes next (most of a source: {longest} tokens)" if longest else ""
+        remedy = "give evaluation.sources more text" if named else "set data.held_out higher or give evaluation.sources"
+        raise UserError(f"nothing is held out for evaluation{found}; {remedy}")
+    return sequences

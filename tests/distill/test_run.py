@@ -19,11 +19,14 @@ from distill import recipe as recipe_module
 from distill import run as run_module
 from distill.batch import num_targets
 from distill.commit import Damaged, locked
+from distill.data import whole
 from distill.dry_run import describe
 from distill.evaluate import mean_parts
 from distill.packing import IGNORED, assemble
+from distill.prepare import Prepared, held_out_sequences
 from distill.recipe import load_recipe
 from distill.run import distil
+from distill.token_cache import Facts, Tokens
 
 
 @pytest.fixture(scope="module")
@@ -305,3 +308,38 @@ def test_every_held_out_sequence_is_measured_once(ranks, micro_batch_size):
         found += mean_parts(forward, num_targets, sequences, world, micro_batch_size)["ce"]
     assert found == pytest.approx(1.0)
     assert set(passes) == {-(-len(sequences) // (ranks * micro_batch_size))}
+
+
+def held_out_part(sizes, answers=None):
+    """Documents of these sizes; of chats the last `answers` tokens of each are targets."""
+    bounds, count = np.cumsum([0, *sizes]), sum(sizes)
+    marks = None
+    if answers is not None:
+        marks = np.concatenate([np.arange(size) >= size - answers for size in sizes])
+    facts = Facts(len(sizes), count, count, len(sizes))
+    return whole(Tokens("s", "text" if marks is None else "chat", "", np.arange(count) % 256, bounds, marks, facts))
+
+
+@pytest.mark.parametrize(
+    ("parts", "lengths", "targets"),
+    [
+        ([held_out_part([1]), held_out_part([400])], {16}, 400 - 25),  # one a sequence is no target
+        ([held_out_part([12], 4), held_out_part([3])], {12}, 4 + 2),
+        ([held_out_part([6], 2), held_out_part([15] * 2, 5)], {16}, 2 + 10),
+        ([held_out_part([40], 3), held_out_part([9])], {16}, 8),  # an answer that no sequence reaches
+        ([held_out_part([7])], {7}, 6),
+    ],
+)
+def test_a_source_of_which_little_is_held_out_changes_nothing_for_the_others(parts, lengths, targets):
+    recipe = load_recipe("quickstart", ["data.seq_len=16", "evaluation.sources=[]"])
+    sequences = held_out_sequences(recipe, Prepared({}, parts, 0))
+    assert {len(sequence.input_ids) for sequence in sequences} == lengths
+    assert num_targets(sequences) == targets
+
+
+@pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [40]])
+def test_a_figure_without_a_target_is_refused(sizes):
+    parts = [held_out_part(sizes, 3 if sizes == [40] else None)]
+    recipe = load_recipe("quickstart", ["data.seq_len=16", "evaluation.sources=[]"])
+    with pytest.raises(UserError, match=r"nothing is held out .*; set data\.held_out higher"):
+        held_out_sequences(recipe, Prepared({}, parts, 0))
