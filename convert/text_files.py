@@ -23,6 +23,8 @@ TEXTS: tuple[Keys, ...] = (("text",), ("content",), ("document",))
 MESSAGES = (("messages",), ("conversations",), ("conversation",))
 COMPLETION, INSTRUCTION, PAIR = ("prompt", "completion"), ("instruction", "output"), ("chosen", "rejected")
 CHATS: tuple[Keys, ...] = (*MESSAGES, COMPLETION, INSTRUCTION, PAIR)
+CALLS = ("tool_calls", "function_call")
+"""What a turn may say besides its content."""
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 FILE, FOLDER = "a file", "a folder"
@@ -249,7 +251,7 @@ def read_answer(record: dict, place: str, key: str, field: str | None = None) ->
 
 def _turns(turns: object, where: str, said_by: str | None = None) -> Messages:
     """Messages from a list of turns, each with role and content, or from and value; where it is known who said it,
-    also from a single turn or a text."""
+    also from a single turn or a text. Raises UserError where a turn says more than that, or is not to be learnt."""
     if said_by is not None and isinstance(turns, str):
         turns = {"role": said_by, "content": turns}
     if said_by is not None and isinstance(turns, dict):
@@ -261,9 +263,15 @@ def _turns(turns: object, where: str, said_by: str | None = None) -> Messages:
         given = turn if isinstance(turn, dict) else {}
         role = given.get("role") or given.get("from")
         content = given.get("value") if given.get("content") is None else given["content"]
+        for key in CALLS:
+            if given.get(key):
+                raise UserError(f"{where}[{number}]: {key} are not read; write them into the content, as text")
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(f"{where}[{number}]: expected an object with role and content, both text")
-        messages.append({"role": ROLES.get(role, role), "content": encodable(content, f"{where}[{number}]")})
+        role = ROLES.get(role, role)
+        if role == "assistant" and given.get("weight") == 0:
+            raise UserError(f"{where}[{number}]: weight 0 is not read, so this answer would be a target like any other")
+        messages.append({"role": role, "content": encodable(content, f"{where}[{number}]")})
     return messages
 
 

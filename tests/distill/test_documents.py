@@ -68,6 +68,7 @@ def test_conversations_in_every_known_shape_are_the_same(tmp_path):
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"instruction": "q", "input": "", "output": "a"},
         {"prompt": "q", "completion": "a"},
+        {"messages": [turns[0] | {"weight": 0}, turns[1] | {"weight": 1, "tool_calls": None}]},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
     ]
     (tmp_path / "a.jsonl").write_text(lines(*shapes))
@@ -92,6 +93,16 @@ def test_conversations_in_every_known_shape_are_the_same(tmp_path):
             '{"messages": [{"role": "user"}]}',
             {"kind": "chat"},
             r"a.jsonl:1 messages\[0\]: expected an object with role",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "f"}}]}]}',
+            {"kind": "chat"},
+            r"a.jsonl:1 messages\[0\]: tool_calls are not read",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "q", "weight": 0}, {"from": "gpt", "value": "a", "weight": 0}]}',
+            {"kind": "chat"},
+            r"a.jsonl:1 messages\[1\]: weight 0 is not read",
         ),
         ('{"text": "a"}', {"kind": "chat"}, r"a.jsonl:1: no messages or .* among the keys text"),
         (
