@@ -17,8 +17,10 @@ from .schema import Source
 
 
 def find_files(source: Source) -> list[Path]:
-    """The local files of a source. Raises UserError for a path or glob without one, and for a kind of file unknown."""
+    """The local files of a source. Raises UserError for a path or glob without one, for a kind of file unknown, and
+    for a file named twice, of which what is held out would be trained on all the same."""
     files: list[Path] = []
+    named: dict[Path, str] = {}
     for pattern in source.path or ():
         path = Path(os.path.expanduser(pattern))
         found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
@@ -27,6 +29,10 @@ def find_files(source: Source) -> list[Path]:
             raise UserError(f"source {source.name}: {pattern}: no such file{nearest(path.name, siblings)}")
         for file in found:
             check_file(file, f"source {source.name}: {file}")
+            first = named.get(file.resolve())
+            if first is not None:
+                raise UserError(f"source {source.name}: {file} is named twice, by {first} and {pattern}")
+            named[file.resolve()] = pattern
         files += found
     return files
 

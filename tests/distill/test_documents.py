@@ -160,6 +160,16 @@ def test_missing_files_folders_and_unknown_suffixes_are_refused(tmp_path):
         read(tmp_path / "a.csv")
 
 
+def test_a_file_named_twice_is_refused(tmp_path):
+    """Its end would be held out under one name and trained on under the other."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.txt").symlink_to(tmp_path / "a.txt")
+    for second in ("a.txt", "*.txt", "sub/../a.txt", "sub/b.txt"):
+        with pytest.raises(UserError, match=r"source s: .* is named twice, by .*a\.txt and "):
+            find_files(Source(name="s", path=[str(tmp_path / "a.txt"), str(tmp_path / second)]))
+
+
 def test_the_home_of_nobody_is_no_such_file():
     with pytest.raises(UserError, match=r"source s: ~nobody-at-all/x\.txt: no such file"):
         find_files(Source(name="s", path=["~nobody-at-all/x.txt"]))
