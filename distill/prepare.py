@@ -4,6 +4,7 @@ Rank 0 tokenises into the run's cache, the others open what it made. Twin: tests
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -171,3 +172,12 @@ def held_out_sequences(recipe: Recipe, prepared: Prepared) -> list[Sequence]:
         remedy = "give evaluation.sources more text" if named else "set data.held_out higher or give evaluation.sources"
         raise UserError(f"nothing is held out for evaluation{found}; {remedy}")
     return sequences
+
+
+def sequences_digest(sequences: list[Sequence]) -> str:
+    """sha256 of what is measured on these sequences."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        for values in (sequence.input_ids, sequence.targets, sequence.cu_seqlens):
+            digest.update(values.tobytes())
+    return digest.hexdigest()

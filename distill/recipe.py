@@ -119,6 +119,9 @@ def show(recipe: Recipe) -> str:
 def changes(old: Recipe, new: Recipe) -> list[str]:
     """`key: old -> new` for every key that a resumed run may not change (see FREE_KEYS)."""
     before, after = _flat(old, FREE_KEYS), _flat(new, FREE_KEYS)
+    if old.data.held_out:  # which is trained on where evaluation has sources of its own
+        for recipe, values in ((old, before), (new, after)):
+            values["evaluation.sources"] = "there" if recipe.evaluation.sources else "absent"
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [mask(f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}") for key in keys]
 

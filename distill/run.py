@@ -49,7 +49,15 @@ from .metrics import MetricsLog, Pulse, trackers
 from .no_room import telling_of_no_room
 from .onpolicy import Completions
 from .preferences import keep_reference
-from .prepare import Prepared, StagePlan, check_tokenizer, held_out_sequences, plan_stages, prepare
+from .prepare import (
+    Prepared,
+    StagePlan,
+    check_tokenizer,
+    held_out_sequences,
+    plan_stages,
+    prepare,
+    sequences_digest,
+)
 from .recipe import load_recipe
 from .recipe_rules import is_sharded, uses_cache
 from .records import checkpoint_digests, write_records
@@ -149,6 +157,7 @@ class _Run:
         )
         self.plans = plan_stages(self.recipe, prepared)
         self.held_out = held_out_sequences(self.recipe, prepared)
+        self.measured_on = sequences_digest(self.held_out)
         once(self.world, lambda: self._write_records(prepared))
         limit = self.recipe.evaluation.task_examples
         once(self.world, lambda: check_tasks(self.tasks, tokenizer, self.vocab_size, longest, limit))
@@ -156,12 +165,12 @@ class _Run:
         if self.world.is_main:
             self.log.sinks = trackers(self.recipe.logging, self.folder, self.folder.name)
 
-        if commit is None:
+        if commit is not None:
+            once(self.world, lambda: drop_newer(self.commits, commit.step))
+        results = None if commit is None else self._results_of(commit)
+        if results is None:
             results = [] if self.teacher is None else [{"model": "teacher", **self._figures(self.teacher, None)}]
             results.append(self._measure_folder("new" if self.teacher is None else "converted", self.start))
-        else:
-            results = commit.info["results"]
-            once(self.world, lambda: drop_newer(self.commits, commit.step))
         commit = self._train_from(commit, results)
         return self._finish(commit, results)
 
@@ -170,6 +179,15 @@ class _Run:
         if found is not None:
             _say(f"goes on from {found.folder}")
         return found
+
+    def _results_of(self, commit: Commit) -> list[dict] | None:
+        """What was measured before the commit; None where it was on other text than the run now measures on, so that
+        the figures could not stand side by side."""
+        if commit.info.get("measured_on", self.measured_on) == self.measured_on:
+            return commit.info["results"]
+        _say("evaluation is of other text than before: teacher and first student are measured anew, and stages that "
+             "had ended before this commit are left out of the report")  # fmt: skip
+        return None
 
     def _write_text(self, source: Source) -> Source:
         _say(f"the teacher writes {source.from_teacher:,} tokens or more, kept in {self.folder / 'written'}")
@@ -295,7 +313,7 @@ class _Run:
                         adapter_scale=lora.scale_of(stage) if stage.lora else None,
                         is_last=step == plan.num_steps,
                     ),
-                    {"marks": asdict(position), "results": results},
+                    self._info(position, results),
                     keep=training.keep_commits,
                     ranks=self.world,
                     report=_say,
@@ -330,6 +348,10 @@ class _Run:
         engine.close()
         return made[0]
 
+    def _info(self, marks: Marks, results: list[dict]) -> dict:
+        """What a commit says of itself."""
+        return {"marks": asdict(marks), "results": results, "measured_on": self.measured_on}
+
     def _convert_more(self, plan: StagePlan, start: Path, results: list[dict]) -> Commit:
         """A stage that trains nothing, but makes more layers linear. It is one step, so that it has its commit."""
         stage, training, out = plan.stage, self.recipe.training, self.folder / "steps" / plan.stage.name
@@ -345,7 +367,7 @@ class _Run:
             self.commits,
             sum(other.num_steps for other in self.plans[: plan.index]) + 1,
             lambda target: write_state(target, Untrained(), student, self.world),
-            {"marks": asdict(Marks(plan.index, stage.name, 1, 0, self.world.size)), "results": results},
+            self._info(Marks(plan.index, stage.name, 1, 0, self.world.size), results),
             keep=training.keep_commits,
             ranks=self.world,
             report=_say,

@@ -258,6 +258,10 @@ def test_changes_are_those_a_resumed_run_may_not_make():
     assert changes(recipe, free) == []
     other = parse("", "", "stages.1.lr=2e-4", "training.seed=3")
     assert changes(recipe, other) == ["stages.1.lr: 0.0001 -> 0.0002", "training.seed: 0 -> 3"]
+    own = "evaluation.sources=[{path: a.txt}]"  # with which data.held_out is trained on
+    assert changes(recipe, parse("", "", own)) == ["evaluation.sources: 'absent' -> 'there'"]
+    assert changes(parse("", "", own), parse("", "", own.replace("a.txt", "b.txt"))) == []
+    assert changes(parse("", "", "data.held_out=0"), parse("", "", own, "data.held_out=0")) == []
     longer = parse("", "", "stages=[{kind: align, steps: 10}]")
     assert any(line.startswith("stages.1.kind: 'distil' -> 'absent'") for line in changes(recipe, longer))
 

@@ -103,6 +103,21 @@ def test_a_finished_run_says_the_same_again_and_takes_changes_of_free_keys(made)
     assert AutoModelForCausalLM.from_pretrained(folder / "run" / "export").dtype == torch.bfloat16
 
 
+def test_figures_on_other_text_do_not_stand_beside_those_from_before(made, tmp_path, capsys):
+    folder, facts = made
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (tmp_path / "other.txt").write_text("A grey owl saw 17 boats. " * 99)
+    other = f"evaluation.sources=[{{path: {tmp_path / 'other.txt'}}}]"
+    half = tmp_path / "run" / "commits" / "step-00000006"
+    mixed = distil(folder / "r.yaml", ["stages.1.steps=2", other], output=tmp_path / "run", resume=str(half))
+    assert "evaluation is of other text than before" in capsys.readouterr().err
+    straight = distil(folder / "r.yaml", ["stages.1.steps=2", other], output=tmp_path / "straight")
+    assert mixed["results"] == straight["results"]
+    assert mixed["results"] != facts["results"]
+    again = distil(folder / "r.yaml", ["stages.1.steps=2"], output=tmp_path / "run")
+    assert again["results"] == [row for row in facts["results"] if row["model"] != "after align"]
+
+
 def test_resume_never_refuses_a_folder_with_a_commit(made):
     folder, _ = made
     with pytest.raises(UserError, match=r"--resume never: .* holds the commit step-00000008"):
