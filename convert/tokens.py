@@ -25,11 +25,16 @@ def generation_settings(folder: Path) -> dict:
     return settings
 
 
+def num_ids(tokenizer) -> int:
+    """One more than the highest id; more than there are tokens where ids between have none."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
 def strangers(tokenizer, config, generation: dict) -> list[str]:
     """A line for each id that is none of the vocabulary of `config`, and for a tokenizer (or None) with more tokens."""
     found = []
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        found.append(f"tokenizer: {len(tokenizer)} tokens, but config.json has room for {config.vocab_size}")
+    if tokenizer is not None and num_ids(tokenizer) > config.vocab_size:
+        found.append(f"tokenizer: {num_ids(tokenizer)} tokens, but config.json has room for {config.vocab_size}")
     for where, settings in (("config.json", vars(config)), (GENERATION, generation)):
         for key in IDS:
             value = settings.get(key)

@@ -14,6 +14,7 @@ import torch
 from convert.command import load_tokenizer
 from convert.families import teacher_config
 from convert.sources import open_source
+from convert.tokens import num_ids
 from deltanet import DeltaNetConfig
 
 from .checks import check_recipe, check_student, check_teacher
@@ -52,7 +53,7 @@ def describe(recipe: Recipe, cache: Path) -> str:
         prepared = prepare(recipe, tokenizer, (teacher or config).vocab_size, stop_ids, cache, world)
         plans = plan_stages(recipe, prepared)
     held_out_sequences(recipe, prepared)
-    vocab_size = min((teacher or config).vocab_size, len(tokenizer))
+    vocab_size = min((teacher or config).vocab_size, num_ids(tokenizer))
     longest, limit = (teacher or config).max_position_embeddings, recipe.evaluation.task_examples
     check_tasks(tasks, tokenizer, vocab_size, longest, limit)
     lines = ["teacher  none"]

@@ -4,12 +4,13 @@ Only rank 0 writes. metrics.jsonl holds every step once, also after a resume: wh
 commit is cut off first. Twin: tests/distill/test_metrics.py.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deltanet_errors import UserError
@@ -31,14 +32,7 @@ class MetricsLog:
         """Drops the records of stage `stage` from step `step` on, of later stages, and a half-written last line."""
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if (record["stage_index"], record["step"]) < (stage, step):
-                kept.append(line)
+        kept = [line for line, record in _lines(self.path) if (record["stage_index"], record["step"]) < (stage, step)]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -51,7 +45,16 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The records; what is none, as a killed run or a damaged disk may leave it, is passed over."""
+    return [record for _, record in _lines(path)] if path.exists() else []
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and {"stage", "stage_index", "step", "loss"} <= record.keys():
+                yield line, record
 
 
 def check_trackers(logging: Logging) -> None:

@@ -11,6 +11,7 @@ import torch
 from convert.command import load_tokenizer, mixer_options
 from convert.layouts import FULL, LINEAR, parse_layout
 from convert.staging import Staging
+from convert.tokens import num_ids
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet_errors import UserError
 
@@ -27,7 +28,7 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
     layout = parse_layout(wish.hybrid, [FULL] * wish.layers, option="student.new.hybrid")
     _check_heads(wish)
     config = DeltaNetConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=num_ids(tokenizer),
         hidden_size=wish.hidden_size,
         intermediate_size=wish.intermediate_size or 2 * wish.hidden_size,
         num_hidden_layers=wish.layers,

@@ -32,6 +32,7 @@ from convert.families import teacher_config
 from convert.loading import load_teacher
 from convert.publish.push import push
 from convert.sources import open_source
+from convert.tokens import num_ids
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
 from deltanet_errors import UserError
 
@@ -139,7 +140,7 @@ class _Run:
         config = DeltaNetConfig.from_pretrained(self.start) if self.teacher is None else self.teacher.config
         longest = config.max_position_embeddings
         vocab_size = config.vocab_size
-        self.vocab_size = min(vocab_size, len(tokenizer))
+        self.vocab_size = min(vocab_size, num_ids(tokenizer))
         check_top_k(self.recipe, self.vocab_size)
         stop_ids = config.eos_token_id
         stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []

@@ -34,4 +34,4 @@ def check_tasks(
     for one in chosen:
         if one.is_generated and one.is_named:
             one.task.fitting(tokenizer, vocab_size, seed=0, max_context=max_context)
-        one.check(Reader(tokenizer, max_context), limit)
+        one.check(Reader(tokenizer, max_context, vocab_size), limit)

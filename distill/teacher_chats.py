@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from convert.text_files import Messages
+from convert.tokens import num_ids
 from deltanet import DeltaNetForCausalLM
 from deltanet_errors import UserError
 
@@ -37,7 +38,7 @@ def write_chats(
     with its chat. Raises UserError where the tokenizer has no chat template or the template none that can be begun.
     """
     opening, end = _user_turn(tokenizer)
-    limit = min(teacher.config.vocab_size, len(tokenizer))
+    limit = min(teacher.config.vocab_size, num_ids(tokenizer))
     room = teacher.config.max_position_embeddings - len(opening)
     asked = _write(teacher, [opening] * count, (key, 0), min(QUESTION, room // 2), {*stop_ids, end}, limit, top_p)
     questions = [_turn(ids, {*stop_ids, end}, tokenizer) for ids in asked]

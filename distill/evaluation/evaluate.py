@@ -25,7 +25,7 @@ from ..metrics import read_metrics
 from .diagnostics import diagnose
 from .language import continuations, language
 from .selection import Chosen, select
-from .subject import Subject, load_subject
+from .subject import Subject, check_ids, load_subject
 from .windows import NONE, SELF, TOKENS, read_windows
 from .worth import DECODED, device_name, worth
 
@@ -85,6 +85,8 @@ def evaluate(
     if text != NONE:
         writer = mine if other is None else other
         windows = read_windows(text, writer, tokens=tokens, window=window, longest=longest, seed=seed)
+        for subject in filter(None, (mine, other)):
+            check_ids(subject, int(windows.max()), f"--text {text}")
     report = measure(
         mine,
         other,
@@ -223,7 +225,7 @@ def check_contexts(
     """The contexts to measure at, rising; the default ones as far as `longest` goes. Raises UserError beyond it."""
     if contexts is None:
         fitting = [context for context in DEFAULT_CONTEXTS.get(device.type, (128, 512)) if context <= longest]
-        return tuple(fitting or [longest])
+        return tuple(fitting or [longest] * (longest > DECODED))
     for context in contexts:
         if not SHORTEST_CONTEXT <= context <= longest:
             raise UserError(

@@ -12,7 +12,7 @@ import torch
 
 from deltanet_errors import UserError
 
-from .subject import Reader, Subject
+from .subject import Reader, Subject, check_ids
 from .tasks.words import opening_ids
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -52,6 +52,7 @@ def encode(reader: Reader | Subject, context: str, continuation: str) -> Request
     ids, start = opening + whole, len(opening) + len(before)
     if not 0 < start < len(ids):
         raise UserError(f"continuation {continuation!r}: nothing to score after the context {context[-40:]!r}")
+    check_ids(reader, max(ids), f"continuation {continuation[:40]!r}")
     surplus = max(len(ids) - reader.max_context, 0)
     if surplus >= start:
         raise UserError(f"continuation {continuation[:40]!r}...: longer than the model's range, {reader.max_context}")

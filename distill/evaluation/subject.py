@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.command import load_tokenizer
 from convert.sources import open_source
+from convert.tokens import num_ids
 from deltanet import DeltaNetConfig
 from deltanet.generate import load_model, pick_device, pick_dtype
 from deltanet_errors import UserError
@@ -19,6 +20,7 @@ class Reader:
 
     tokenizer: PreTrainedTokenizerBase
     max_context: int
+    known_ids: int
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,23 @@ class Subject:
         return isinstance(config, DeltaNetConfig) and "linear_attention" in config.layer_types
 
     @property
+    def known_ids(self) -> int:
+        """How many ids the model has an embedding for."""
+        return self.model.config.get_text_config().vocab_size
+
+    @property
     def vocab_size(self) -> int:
         """How many ids both the tokenizer and the model know; rows of the head beyond are padding."""
-        return min(self.model.config.get_text_config().vocab_size, len(self.tokenizer))
+        return min(self.known_ids, num_ids(self.tokenizer))
+
+
+def check_ids(reader: Reader | Subject, highest: int, where: str) -> None:
+    """Raises UserError, headed by `where`, for an id that the model has no embedding for."""
+    if highest >= reader.known_ids:
+        raise UserError(
+            f"{where}: the tokenizer makes the id {highest}, but the model has {reader.known_ids} tokens: this is not "
+            "the model's tokenizer"
+        )
 
 
 def load_subject(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Subject:
@@ -52,7 +68,7 @@ def load_subject(path: str | Path, *, device: str = "auto", dtype: str = "auto")
 
     device `auto` is the first CUDA device, else the CPU; dtype `auto` is the checkpoint's own on CUDA and float32 on
     a CPU, where lower precision saves no time and blurs comparisons. Raises UserError for a folder that is missing, is
-    no checkpoint, has no tokenizer, or whose tensors do not fit its configuration.
+    no checkpoint, has no tokenizer, or whose tensors do not fit its configuration or make no numbers.
     """
     where, kind = pick_device(device), pick_dtype(dtype)
     if kind == "auto" and where.type == "cpu":
@@ -63,5 +79,14 @@ def load_subject(path: str | Path, *, device: str = "auto", dtype: str = "auto")
             raise UserError(f"{path}: has no tokenizer (no tokenizer.json), so no text can be read")
         model = load_model(source.folder, kind, str(path))
     model = model.to(where).eval().requires_grad_(False)
+    _check_numbers(model, str(path))
     longest = model.config.get_text_config().max_position_embeddings
     return Subject(str(path), model, tokenizer, where, model.dtype, longest)
+
+
+@torch.no_grad()
+def _check_numbers(model: PreTrainedModel, path: str) -> None:
+    """Raises UserError where the logits are NaN: every likeliest token and every choice would be the first one."""
+    logits = model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False).logits
+    if logits.isnan().any():
+        raise UserError(f"{path}: its logits are NaN in {model.dtype}, so nothing can be measured; are its weights whole?")

@@ -14,7 +14,10 @@ from deltanet_errors import UserError
 
 
 class Tokenizer(list):
-    """Only its length counts."""
+    """The ids of its tokens."""
+
+    def get_vocab(self):
+        return {str(token): token for token in self}
 
 
 def test_every_stranger_is_named_with_its_file():
@@ -24,6 +27,7 @@ def test_every_stranger_is_named_with_its_file():
         "config.json: eos_token_id is 96; the vocabulary has 96",
         f"{GENERATION}: bos_token_id is 'x'; the vocabulary has 96",
     ]
+    assert strangers(Tokenizer([3, 96]), DeltaNetConfig(vocab_size=96, eos_token_id=2), {}) != []
     assert strangers(None, DeltaNetConfig(vocab_size=96, eos_token_id=2), {}) == []
 
 

@@ -28,7 +28,7 @@ def test_what_lies_beyond_the_point_of_resuming_is_cut_off(tmp_path):
         for step in range(3):
             log.write(record(stage, step))
     with (tmp_path / "m.jsonl").open("a") as file:
-        file.write('{"stage": "b", "st')
+        file.write('5\n{}\n\x00\n{"stage": "b", "st')
     log.keep_before(1, 2)
     assert [(r["stage_index"], r["step"]) for r in read_metrics(log.path)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     log.keep_before(0, 0)
@@ -45,6 +45,7 @@ def test_long_work_says_how_far_it_is_and_short_work_nothing(capsys):
 
 def test_a_log_that_is_not_there_yet_is_nothing_to_cut(tmp_path):
     MetricsLog(tmp_path / "m.jsonl").keep_before(0, 0)
+    assert read_metrics(tmp_path / "m.jsonl") == []
     assert not (tmp_path / "m.jsonl").exists()
 
 

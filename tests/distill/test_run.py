@@ -254,6 +254,23 @@ def test_what_cannot_be_trained_is_refused_by_name(made, tmp_path, overrides, wo
         distil(folder / "r.yaml", overrides, output=tmp_path / "run")
 
 
+def test_a_tokenizer_may_have_ids_above_the_number_of_its_tokens(tmp_path):
+    teacher = small_run.write_teacher(tmp_path / "teacher")
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    needed = {part for merge in merges for part in (merge if isinstance(merge, list) else merge.split(" "))}
+    unused = {token for token, index in vocabulary.items() if 600 <= index < 700 and token not in needed}
+    tokenizer["model"]["merges"] = [m for m in merges if "".join(m).replace(" ", "") not in unused]
+    tokenizer["model"]["vocab"] = {token: index for token, index in vocabulary.items() if token not in unused}
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert len(AutoTokenizer.from_pretrained(teacher)) < max(vocabulary.values())
+    (tmp_path / "a.txt").write_text("It went off. " * 200)
+    sources = [{"path": str(tmp_path / "a.txt")}]
+    data, stages = {"sources": sources, "seq_len": 32}, [{"kind": "pretrain", "steps": 1}]
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", teacher, data=data, stages=stages, evaluation={})
+    assert distil(recipe, output=tmp_path / "run")["results"][-1]["perplexity"] < 1e4
+
+
 def test_a_dpo_stage_runs_from_pairs_to_export_and_resumes_to_the_same_weights(tmp_path):
     teacher = small_run.write_teacher(tmp_path / "teacher")
     small_run.teach_chats(teacher)

@@ -11,6 +11,7 @@ import random
 import re
 from dataclasses import dataclass
 
+from convert.tokens import num_ids
 from deltanet_errors import UserError
 
 END = "<end>"
@@ -53,7 +54,7 @@ def opening_ids(tokenizer) -> list[int]:
 
 def vocabulary(tokenizer, size: int | None = None) -> Vocabulary:
     """The words of a tokenizer among its first `size` ids (None: all)."""
-    return _vocabulary(tokenizer, len(tokenizer) if size is None else size)
+    return _vocabulary(tokenizer, num_ids(tokenizer) if size is None else size)
 
 
 @functools.lru_cache(maxsize=8)

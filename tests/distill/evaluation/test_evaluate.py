@@ -7,10 +7,11 @@ import pytest
 import torch
 from eval_subjects import TEXT
 from test_sets import LAMBADA, PIQA, write
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltanet_errors import UserError
 from distill.evaluation import worth
-from distill.evaluation.evaluate import evaluate, loss_curve, measure, run_tasks
+from distill.evaluation.evaluate import check_contexts, evaluate, loss_curve, measure, run_tasks
 from distill.evaluation.result import TaskResult, share
 from distill.evaluation.selection import Chosen
 
@@ -111,6 +112,25 @@ def test_a_row_beyond_the_range_is_refused_before_anything_is_measured(folders, 
     evaluate(folders[0], **(options | {"limit": 1}))
 
 
+def test_a_model_of_fewer_ids_than_its_tokenizer_makes_is_refused(folders, tmp_path, monkeypatch):
+    import distill.evaluation.evaluate as module
+
+    monkeypatch.setattr(module, "measure", lambda *a, **k: pytest.fail("measured"))
+    config = AutoConfig.from_pretrained(folders[0], vocab_size=300)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folders[0] / name, tmp_path / "small" / name)
+    (tmp_path / "set.jsonl").write_text('{"context": "a dog", "continuation": "ran away"}\n')
+    for options in ({"tasks": ["none"]}, {"tasks": [str(tmp_path / "set.jsonl")], "text": "none"}):
+        with pytest.raises(UserError, match=r"makes the id \d+, but the model has 300 tokens: this is not the model's"):
+            evaluate(tmp_path / "small", **(OPTIONS | options))
+
+
+@pytest.mark.parametrize(("longest", "contexts"), [(16, ()), (32, ()), (33, (33,)), (100, (100,)), (600, (128, 512))])
+def test_contexts_that_nobody_named_leave_room_for_a_prompt(longest, contexts):
+    assert check_contexts(None, longest, torch.device("cpu")) == contexts
+
+
 def test_models_of_different_tokenizers_are_not_compared(folders, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folders[0], other)
@@ -126,13 +146,16 @@ def test_models_of_different_tokenizers_are_not_compared(folders, tmp_path):
 def test_the_losses_are_those_of_the_run_that_made_the_export(tmp_path):
     export = tmp_path / "run" / "export"
     export.mkdir(parents=True)
-    records = [{"stage": "distil", "step": step, "loss": float(step) if step else None} for step in range(1000)]
+    records = [{"stage": "distil", "stage_index": 0, "step": step, "loss": float(step) if step else None} for step in range(1000)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert loss_curve(export) == []  # a folder beside some metrics, but no export
     (export / "deltanet_recipe.yaml").write_text("")
     curve = loss_curve(export)
     assert curve[0] == {"stage": "distil", "step": 1, "loss": 1.0}
     assert 300 < len(curve) <= 400
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as log:
+        log.write(b'5\n{"stage": "distil"}\n\xff\0\n{"stage": "dis')  # as a killed run or a damaged disk leaves it
+    assert loss_curve(export) == curve
 
 
 class Recall:

@@ -39,6 +39,17 @@ def test_a_model_without_tokenizer_is_refused(folders, tmp_path):
 
 
 @pytest.mark.parametrize("which", [0, 1])
+def test_a_model_that_makes_no_numbers_is_refused(which, folders, tmp_path):
+    shutil.copytree(folders[which], tmp_path / "hurt")
+    path = tmp_path / "hurt" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"hurt: its logits are NaN in torch\.float32"):
+        load_subject(tmp_path / "hurt")
+
+
+@pytest.mark.parametrize("which", [0, 1])
 def test_a_lost_tensor_is_an_error_and_not_a_random_one(which, folders, tmp_path):
     shutil.copytree(folders[which], tmp_path / "hurt")
     path = tmp_path / "hurt" / "model.safetensors"
