@@ -35,6 +35,7 @@ from .packing import IGNORED, Sequence
 from .prepare import StagePlan
 from .schema import Recipe
 from .stages import head, run_decoder
+from .token_cache import alone_in
 from .world import World
 
 FORMAT = 1
@@ -108,7 +109,7 @@ def write_cache(
         num_passes = max(-(-len(other) // plan.micro_batch_size) for other in turn)
         tensors = _portion(plan, positions, num_passes, teacher, world, top_k, vocab_size, bfloat16)
         if world.rank < len(turn):
-            _store(cache.file(positions.start), tensors, digest)
+            _store(cache, positions, tensors)
         advance(sum(map(len, missing[: begin + world.size])))
     world.gather(None)  # nobody reads a portion before all are written
     return cache
@@ -159,15 +160,20 @@ def likeliest(hidden: torch.Tensor, weight: torch.Tensor, top_k: int, chunk_toke
     return pieces
 
 
-def _store(file: Path, tensors: dict[str, np.ndarray], digest: str) -> None:
+def _store(cache: LogitCache, positions: range, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a portion, unless another run that shares the folder has by now written it, or more of it."""
+    file = cache.file(positions.start)
     part = file.with_suffix(".tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={"made_by": digest, "sha256": _sha256(tensors)})
-        part.replace(file)
+        with alone_in(cache.folder):
+            if _is_whole(cache, positions, lambda damage: None):
+                return
+            try:
+                save_file(tensors, part, metadata={"made_by": cache.digest, "sha256": _sha256(tensors)})
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise DeltanetError(f"{file}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 

@@ -119,7 +119,7 @@ def tokenise(
     folder = cache / digest[:32]
     if not folder.is_dir():
         try:
-            with _alone_in(cache):
+            with alone_in(cache):
                 if not folder.is_dir():  # another process may have made it meanwhile
                     documents = _encode(source, files, tokenizer, stop_ids, train_on)
                     _write(folder, documents, vocab_size, source, stop_ids, advance)
@@ -129,7 +129,7 @@ def tokenise(
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Waits until no other process is in here with the same folder, which is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import threading
 import weakref
 
 import numpy as np
@@ -178,6 +179,38 @@ def test_a_disk_that_refuses_is_one_error_and_leaves_nothing_half_written(tmp_pa
     with pytest.raises(DeltanetError, match=r"00000\.safetensors: cannot be written: No space left"):
         write(tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("other", [TWO_FILES, TWO_FILES + 2])
+def test_two_runs_write_one_cache_at_once_and_the_longer_one_stays(tmp_path, monkeypatch, other):
+    """While the first has a portion written but not yet in its place, a second comes that wants as much, or more."""
+    save, threads = logit_cache.save_file, []
+
+    def slow(tensors, path, metadata):
+        save(tensors, path, metadata=metadata)
+        if not threads:
+            threads.append(threading.Thread(target=write, args=(tmp_path, plan(other))))
+            threads[0].start()
+            threads[0].join(0.5)
+
+    monkeypatch.setattr(logit_cache, "save_file", slow)
+    write(tmp_path)
+    threads[0].join()
+    monkeypatch.undo()
+    assert content(write(tmp_path)) == content(write(tmp_path / "alone", plan(other)))
+
+
+def test_a_shorter_run_leaves_what_a_longer_one_has_written_meanwhile(tmp_path, monkeypatch):
+    store = logit_cache._store
+
+    def late(*args):
+        monkeypatch.setattr(logit_cache, "_store", store)
+        write(tmp_path, plan(TWO_FILES + 2))
+        store(*args)
+
+    monkeypatch.setattr(logit_cache, "_store", late)
+    write(tmp_path)
+    assert content(write(tmp_path)) == content(write(tmp_path / "alone", plan(TWO_FILES + 2)))
 
 
 DISTIL = [{"kind": "distil", "steps": 4, "lr": 1e-3}, {"kind": "sft", "steps": 2, "losses": [{"name": "forward_kl"}]}]
