@@ -30,6 +30,11 @@ class Chosen:
     is_generated: bool
     is_named: bool = True
 
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what it gives."""
+        return (self.name,) if self.is_generated else self.task.results
+
     def run(
         self,
         subject: Subject,
@@ -65,8 +70,9 @@ def select(names: Sequence[str], option: str = "--tasks") -> list[Chosen]:
     for name in names:
         base, _, file = name.partition(":")
         if name == ALL:
-            generated = [task for task in TASKS if TASKS[task].levels]
-            found = [Chosen(task, TASKS[task], True, is_named=False) for task in generated if task not in chosen]
+            named = [task for task, one in chosen.items() if one.is_generated]
+            generated = [task for task in TASKS if TASKS[task].levels and task not in named]
+            found = [Chosen(task, TASKS[task], True, is_named=False) for task in generated]
         elif isinstance(TASKS.get(base), FileTask):
             found = [Chosen(name, TASKS[base].of(file), True)]
         elif name in TASKS:
@@ -85,8 +91,11 @@ def select(names: Sequence[str], option: str = "--tasks") -> list[Chosen]:
                 f"{option} {name}: no such task{nearest(name, known)}; tasks: {', '.join(known)}, or a .jsonl file"
             )
         for one in found:
-            if one.name in chosen and not one.is_generated:
-                raise UserError(f"{option} {name}: two files called {one.name}")
+            for two in chosen.values():
+                is_again = one.is_generated and two.is_generated and one.name == two.name
+                for result in () if is_again else one.results:
+                    if result in two.results:
+                        raise UserError(f"{option} {name}: two results called {result}; give the file another name")
             chosen[one.name] = one
     return list(chosen.values())
 

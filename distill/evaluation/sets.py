@@ -63,6 +63,12 @@ class StandardSet:
     name: str
     rows: Sequence[Row] = field(repr=False)
 
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what `run` gives."""
+        endings = ("",) if isinstance(self.rows[0], Cloze) else ("", "_norm", "_letters")
+        return tuple(self.name + ending for ending in endings)
+
     def run(
         self,
         subject: Subject,

@@ -84,8 +84,19 @@ def test_two_files_of_one_name_are_refused(tasks, file, tmp_path):
     (tmp_path / "other").mkdir()
     twin = tmp_path / "other" / "piqa.jsonl"
     twin.write_text(file.read_text())
-    with pytest.raises(UserError, match="two files called piqa"):
+    with pytest.raises(UserError, match="two results called piqa; give the file another name"):
         select([str(file), str(twin)])
+
+
+@pytest.mark.parametrize("name", ["recall", "choices_norm"])
+def test_no_result_takes_the_place_of_another(tasks, tmp_path, name):
+    """A file called as a generated task is, or as one of the results of another set."""
+    choices, twin = tmp_path / "choices.jsonl", tmp_path / f"{name}.jsonl"
+    choices.write_text(json.dumps({"query": "a", "choices": ["b", "c"], "gold": 0}) + "\n")
+    twin.write_text(json.dumps({"context": "a", "continuation": "b"}) + "\n")
+    for names in ([str(choices), "all", str(twin)], [str(twin), "all", str(choices)], [str(twin), "recall", str(choices)]):
+        with pytest.raises(UserError, match=f"two results called {name}; give the file another name"):
+            select(names)
 
 
 def test_a_task_of_rows_takes_its_file_behind_a_colon(tmp_path):
