@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from deltanet import DeltaNetForCausalLM
-from deltanet_errors import UserError
+from deltanet_errors import UserError, nearest
 
 from .schema import Stage
 
@@ -31,9 +31,27 @@ def scale_of(stage: Stage) -> float:
     return stage.lora.alpha / stage.lora.rank
 
 
+def _matrix(name: str) -> str | None:
+    """What `lora.targets` calls the matrix of a layer with this parameter name; None for anything else. Embedding and
+    head are none: the one is looked up, of the other the loss reads the weights alone."""
+    return name.split(".")[-2] if name.endswith("_proj.weight") else None
+
+
+def check_targets(names: Iterable[str], stage: Stage) -> None:
+    """Raises UserError for a target that no layer of a student of these parameters has, for what it meant would be
+    trained whole."""
+    known = sorted({_matrix(name) for name in names} - {None})
+    for target in stage.lora.targets:
+        if target not in known:
+            raise UserError(
+                f"stages.{stage.name}.lora.targets: {target!r} is no matrix of a layer{nearest(target, known)}; "
+                f"allowed: {', '.join(known)}"
+            )
+
+
 def adapted(names: Iterable[str], stage: Stage) -> set[str]:
     """Those of the trained parameters that get an adapter. Raises UserError where there is none."""
-    found = {name for name in names if name.endswith(".weight") and name.split(".")[-2] in stage.lora.targets}
+    found = {name for name in names if _matrix(name) in stage.lora.targets}
     if not found:
         raise UserError(
             f"stages.{stage.name}.lora.targets: none of {', '.join(stage.lora.targets)} is a matrix the stage trains"

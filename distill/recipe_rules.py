@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from deltanet_errors import UserError, nearest
 
-from .schema import LOSSES_OF, WITHOUT_TEACHER, Recipe, Source, Stage, has_key
+from .schema import LONGEST_NAME, LOSSES_OF, WITHOUT_TEACHER, Recipe, Source, Stage, has_key, names_a_file
 from .yaml_lines import KeyPath
 
 Broken = Iterator[tuple[KeyPath, str]]
@@ -61,8 +61,9 @@ def broken_rules(recipe: Recipe) -> Broken:
             if source.from_teacher is not None and recipe.teacher is None:
                 yield (*path, "from_teacher"), "there is no teacher to write it"
             yield from _check_task(source, path)
-            if source.from_teacher is not None and ("/" in source.name or source.name.startswith(".")):
-                yield (*path, "name"), f"got {source.name!r}, but files are called so; no '/', and no '.' at its start"
+            if source.from_teacher is not None and not names_a_file(source.name):
+                yield (*path, "name"), f"got {source.name!r}, but files are called so; no '/', no '.' at its start, and " \
+                    f"at most {LONGEST_NAME} bytes"  # fmt: skip
             if source.from_teacher is None and source.top_p != 1:
                 yield (*path, "top_p"), "`top_p:` belongs to `from_teacher:`"
             if source.from_teacher is not None and source.kind == "preference":
@@ -218,6 +219,11 @@ def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> Broken:
     seq_len = stage.seq_len or recipe.data.seq_len
     if stage.kind == "onpolicy" and stage.completion_tokens >= seq_len:
         yield (*path, "completion_tokens"), f"{stage.completion_tokens} leaves no room for a prompt in {seq_len} tokens"
+    if stage.kind == "onpolicy" and recipe.data.train_on == "all":
+        read = stage_sources(recipe, stage)
+        if any(source.kind == "chat" and source.name in read for source in recipe.data.sources):
+            yield (*path, "kind"), "an onpolicy stage takes from a chat what comes before its first target, which is " \
+                "nothing with data.train_on all"  # fmt: skip
     if stage.kind == "dpo" and len(stage.losses) > 1:
         yield (*path, "losses"), f"a dpo stage has one loss, not {len(stage.losses)}"
     readable = [source.name for source in recipe.data.sources if _reads(stage, source)]

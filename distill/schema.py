@@ -23,6 +23,7 @@ from convert.sizes import parse_size
 from deltanet_errors import UserError
 
 T = TypeVar("T")
+LONGEST_NAME = 200
 Many = Annotated[tuple[T, ...], Field(strict=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -38,10 +39,18 @@ def _as_size(text: str) -> str:
     return text
 
 
+def names_a_file(text: str) -> bool:
+    """Whether files may be called so: of the 255 bytes that a file system takes, endings need some."""
+    return not set(text) & {"/", "\0"} and not text.startswith(".") and len(text.encode()) <= LONGEST_NAME
+
+
 def _as_stage_name(text: str) -> str:
     """Folders are called so, and overrides tell stages by it or by their number."""
-    if not text.strip() or "/" in text or text.startswith(".") or text.isdecimal():
-        raise ValueError(f"got {text!r}, but a stage's name is no number, begins with no '.' and has no '/' in it")
+    if not text.strip() or text.isdecimal() or not names_a_file(text):
+        raise ValueError(
+            f"got {text!r}, but a stage's name is no number, begins with no '.', has no '/' in it and at most "
+            f"{LONGEST_NAME} bytes"
+        )
     return text
 
 
@@ -222,7 +231,7 @@ class Loss(Section):
 class Lora(Section):
     rank: int = Field(16, gt=0)
     alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
-    targets: SomeNames = Field(("q_proj", "k_proj", "v_proj", "o_proj"), description="matrices, of those trained")
+    targets: SomeNames = Field(("q_proj", "k_proj", "v_proj", "o_proj"), description="matrices of the layers, of those trained")
 
 
 class Stage(Section):

@@ -64,6 +64,8 @@ def check_stage(stage: Stage, config: DeltaNetConfig) -> list[str]:
     trained, for everything that the stage would refuse as it starts: `trainable`, `lora.targets` and `lr_groups`."""
     parameters = parameters_of(config)
     names = trained_names(list(parameters), stage, config)
+    if stage.lora:
+        lora.check_targets(parameters, stage)
     matrices = lora.adapted(names, stage) if stage.lora else set()
     trained = [*(name for name in names if name not in matrices), *lora.adapter_names(matrices)]
     _check_groups(trained, stage, config)

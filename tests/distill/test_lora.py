@@ -4,14 +4,14 @@ import pytest
 import small_run
 import torch
 from safetensors.torch import load_file
-from small_pair import pair, sequence, stage
+from small_pair import config, pair, sequence, stage
 
 from deltanet_errors import UserError
 from distill import lora
 from distill.batch import make_batch, num_targets
 from distill.run import distil
 from distill.stages import Whole
-from distill.trainable import trained_names
+from distill.trainable import check_stage, trained_names
 
 STAGE = stage("distil", lora={"rank": 2, "alpha": 8.0, "targets": ["q_proj", "up_proj"]}, trainable=["mixers"])
 SEQUENCES = [sequence(0), sequence(1)]
@@ -63,6 +63,16 @@ def test_no_matrix_to_adapt_is_an_error():
     wanted = stage("distil", lora={"targets": ["gate_proj"]}, trainable=["mixers"])
     with pytest.raises(UserError, match=r"stages\.distil\.lora\.targets: none of gate_proj is a matrix the stage"):
         lora.adapted(["model.layers.0.self_attn.q_proj.weight"], wanted)
+
+
+@pytest.mark.parametrize("target", ["k_prj", "embed_tokens", "lm_head", "input_layernorm", "q_norm", "*"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_target_that_is_no_matrix_of_a_layer_is_refused(target, tied):
+    """k_proj would have trained whole; the loss reads the head's weights and no adapter of it."""
+    student = config(tie_word_embeddings=tied, qk_norm="head")
+    wanted = stage("distil", lora={"targets": ["q_proj", target]}, trainable=["all"])
+    with pytest.raises(UserError, match=r"stages\.distil\.lora\.targets: '.*' is no matrix of a layer.*; allowed: a_proj"):
+        check_stage(wanted, student)
 
 
 def test_a_run_with_adapters_resumes_to_the_same_bytes_and_exports_a_plain_student(tmp_path):

@@ -96,6 +96,7 @@ def test_defaults_by_kind_are_filled_in():
         ("stories.jsonl", "a.txt\n      split: test", "r.yaml:10 data.sources.0.split: `split:` belongs to `dataset:`"),
         ("lr: 1e-4", "trainable: []", "r.yaml:15 stages.1.trainable: got an empty list, expected at least one"),
         ("lr: 1e-4", "lora: {targets: []}", "stages.1.lora.targets: got an empty list, expected at least one"),
+        ("lr: 1e-4", f"name: {'n' * 201}", "begins with no '.', has no '/' in it and at most 200 bytes"),
         ("lr: 1e-4", "name: a/b", "r.yaml:15 stages.1.name: got 'a/b', but a stage's name is no number"),
         ("training:", "evaluation: {prompt: ''}\ntraining:", "r.yaml:16 evaluation.prompt: got '' (text), expected"),
         ("training:", "export: {max_shard_size: 0GB}\ntraining:", "export.max_shard_size: got 0GB: not a size"),
@@ -125,6 +126,14 @@ def test_the_teacher_does_not_write_the_same_text_for_training_and_for_evaluatio
 def test_the_name_of_what_the_teacher_writes_stays_in_its_folder(name):
     with pytest.raises(UserError, match=rf"data\.sources\.0\.name: got '{re.escape(name)}', but files are called so"):
         parse("", "", f"data.sources=[{{from_teacher: 500, name: {name}}}]")
+
+
+def test_a_chat_has_no_prompt_where_all_of_it_is_a_target():
+    own = ("data.sources.0.kind=chat", "stages.1={kind: onpolicy, steps: 1}")
+    parse("", "", *own)
+    parse("", "", own[1], "data.train_on=all")
+    with pytest.raises(UserError, match=r"stages\.1\.kind: .* is nothing with data\.train_on all"):
+        parse("", "", *own, "data.train_on=all")
 
 
 def test_the_first_mistake_of_several_is_told_with_their_number():
