@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from convert.publish.manifest import damage, seal
 from convert.text_files import PAIR, Messages, missing, pick, read_answer
 from deltanet_errors import DeltanetError, UserError
 
@@ -55,15 +56,25 @@ def pair_sums(values: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.T
 
 
 def keep_reference(start: Path, folder: Path, goes_on: bool) -> None:
-    """Copies the student in `start` to `folder` at the start of a stage, whole or not at all, and leaves it there.
+    """Copies the student in `start` to `folder` at the start of a stage, whole or not at all, in place of one that an
+    earlier try left, and leaves it there where the stage goes on.
 
-    Raises DeltanetError where the stage goes on (its start is gone) and the copy is not there.
+    Raises DeltanetError where the stage goes on (its start is gone) and the copy is not there or damaged.
     """
-    if folder.is_dir():
-        return
     if goes_on:
-        raise DeltanetError(f"{folder}: gone, so the stage cannot go on as it was; restore it")
+        found = damage(folder) if folder.is_dir() else ["gone"]
+        if found:
+            raise DeltanetError(f"{folder}: {found[0]}, so the stage cannot go on as it was; restore it")
+        return
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(start, temporary)
-    os.replace(temporary, folder)
+    temporary.mkdir(parents=True)
+    try:
+        for path in sorted(start.iterdir()):
+            if path.suffix in (".safetensors", ".json"):
+                shutil.copyfile(path, temporary / path.name)
+        seal(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

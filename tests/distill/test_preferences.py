@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from small_pair import config, pair
 from word_tokenizer import make_tokenizer
 
 from convert.loading import student_from_teacher
-from deltanet_errors import UserError
+from deltanet_errors import DeltanetError, UserError
 from distill.batch import make_batch
 from distill.data import Corpus, chosen, split, whole
 from distill.packing import IGNORED, assemble
-from distill.preferences import num_pairs, pair_sums, read_pair
+from distill.preferences import keep_reference, num_pairs, pair_sums, read_pair
 from distill.schema import DEFAULTS_OF, Source, Stage
 from distill.stages import Dpo
 from distill.token_cache import tokenise
@@ -224,3 +225,28 @@ def test_training_raises_the_margin_on_pairs_that_were_not_trained_on():
     assert margins[0] == 0 < margins[1] < margins[2] < after["margin"].item()
     assert after["accuracy"] > 0.5  # better than chance
     assert set(module(unseen, 16, measure=True)[1]) == {"ce", "forward_kl"}
+
+
+def test_the_reference_is_the_student_at_the_start_and_its_damage_is_found(tmp_path, monkeypatch):
+    def full(source, target):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    start, folder = tmp_path / "start", tmp_path / "references" / "dpo"
+    start.mkdir()
+    for bytes_of in (b"an earlier try", b"this one"):
+        (start / "model.safetensors").write_bytes(bytes_of)
+        keep_reference(start, folder, goes_on=False)
+        assert (folder / "model.safetensors").read_bytes() == bytes_of
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        keep_reference(start, folder, goes_on=False)
+    assert [path.name for path in folder.parent.iterdir()] == ["dpo"]
+    shutil.rmtree(start)
+    keep_reference(start, folder, goes_on=True)
+    (folder / "model.safetensors").write_bytes(b"that one")
+    with pytest.raises(DeltanetError, match=r"dpo: model\.safetensors: its sha256 is not .*; restore it"):
+        keep_reference(start, folder, goes_on=True)
+    shutil.rmtree(folder)
+    with pytest.raises(DeltanetError, match=r"dpo: gone, so the stage cannot go on"):
+        keep_reference(start, folder, goes_on=True)
