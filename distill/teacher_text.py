@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from convert.text import document_start, render_chat, write_text
-from deltanet_errors import DeltanetError, UserError
+from deltanet_errors import DeltanetError, UserError, one_line
 
 from .order import hashed
 from .schema import USUAL_NAME, Source
@@ -52,7 +52,7 @@ def written_source(
     The same seed, name, top_p, seq_len, teacher and kind of device write the same text, other names other text.
     `advance` is told the tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself
     (a `top_p` near 0 has it write the same again and again), and UserError where the folder holds text of that name by
-    another seed, length or shape of teacher.
+    another seed, length or shape of teacher, or damaged text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []
@@ -98,8 +98,8 @@ def _check_made_of(folder: Path, stem: str, making: dict) -> None:
     """Notes what the portions are made of. Raises UserError where those there are noted to be made otherwise."""
     note = folder / f"{stem}.json"
     try:
-        before = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # of before there were notes, or none yet
+        before = dict(json.loads(note.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # of before there were notes, or none yet
         _write_whole(note, json.dumps(making, indent=2) + "\n")
         return
     if before != making:
@@ -169,12 +169,15 @@ def repeats(text: str) -> bool:
 
 
 def _read(file: Path, seen: set[bytes]) -> int:
-    """The tokens of a portion, whose documents have been `seen` from now on."""
+    """The tokens of a portion, whose documents have been `seen` from now on. Raises UserError where it is damaged."""
     tokens = 0
-    with file.open(encoding="utf-8", newline="\n") as lines:  # str.splitlines would also cut at U+2028 and the like
-        for line in lines:
-            seen.add(_digest(line))
-            tokens += json.loads(line)["tokens"]
+    try:
+        with file.open(encoding="utf-8", newline="\n") as lines:  # str.splitlines would also cut at U+2028 and the like
+            for line in lines:
+                seen.add(_digest(line))
+                tokens += int(json.loads(line)["tokens"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({one_line(error)}); delete it, and the teacher writes it again") from None
     return tokens
 
 

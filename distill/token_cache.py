@@ -2,7 +2,7 @@
 
 The folder NAME holds ids.bin (uint16 or uint32), bounds.bin (int64: where documents begin, and the end), unless
 they are texts marks.bin (uint8: 1 where a token is supervised), of tasks targets.bin (as ids: what is to be said in
-each place), and facts.json with the counts and the sizes of the files. It appears by one rename when complete; one
+each place), and facts.json with the counts and the sha256 of the files. It appears by one rename when complete; one
 process at a time makes it. Twin: tests/distill/test_data.py.
 """
 
@@ -242,9 +242,9 @@ def _write(
             where = ", ".join(source.path) if source.path else source.dataset or source.task
             raise UserError(f"source {source.name}: {where}: no text in it")
         (staging / "bounds.bin").write_bytes(np.array(bounds, np.int64).tobytes())
-        sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
+        digests = {file.name: file_digest(file) for file in sorted(staging.iterdir())}
         facts = Facts(len(bounds) - 1, bounds[-1], supervised, stopped)
-        (staging / "facts.json").write_text(json.dumps({"facts": asdict(facts), "sizes": sizes}))
+        (staging / "facts.json").write_text(json.dumps({"facts": asdict(facts), "sha256": digests}))
         for file in staging.iterdir():
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
@@ -260,8 +260,9 @@ def _id_dtype(vocab_size: int) -> type:
 def _open(folder: Path, source: Source, digest: str, vocab_size: int) -> Tokens:
     try:
         stored = json.loads((folder / "facts.json").read_text())
-        if any((folder / name).stat().st_size != size for name, size in stored["sizes"].items()):
-            raise ValueError("a file has another size than when it was written")
+        for name, digest in stored.get("sha256", {}).items():
+            if file_digest(folder / name) != digest:
+                raise ValueError(f"the sha256 of {name} is not the one it was written with")
         facts = Facts(**stored["facts"])
         ids = np.memmap(folder / "ids.bin", _id_dtype(vocab_size), "r")
         bounds = np.fromfile(folder / "bounds.bin", np.int64)

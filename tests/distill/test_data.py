@@ -145,12 +145,18 @@ def test_of_two_at_once_one_makes_the_tokens_and_the_other_waits_for_them(tmp_pa
     assert [*made[0].ids] == [*mine.ids]
 
 
-def test_a_damaged_cache_is_refused_by_name(tmp_path):
-    text_source(tmp_path, ["ab"])
+@pytest.mark.parametrize("name", ["ids.bin", "bounds.bin", "marks.bin"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_cache_is_refused_by_name(tmp_path, name, damage):
+    chat_source(tmp_path, [(3, 4)])
     (folder,) = (tmp_path / "cache").iterdir()
-    (folder / "ids.bin").write_bytes(b"\0\0")
-    with pytest.raises(UserError, match=rf"{folder.name}: damaged tokens of source s .*; delete the folder"):
-        text_source(tmp_path, ["ab"])
+    content = (folder / name).read_bytes()
+    if damage == "gone":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content[:-1] + (b"" if damage == "cut" else bytes([content[-1] ^ 1])))
+    with pytest.raises(UserError, match=rf"{folder.name}: damaged tokens of source chat .*; delete the folder"):
+        chat_source(tmp_path, [(3, 4)])
 
 
 def test_a_failure_while_encoding_leaves_no_cache(tmp_path):

@@ -62,6 +62,17 @@ def test_text_of_another_seed_or_length_is_not_taken_for_this_one(changed, told,
     assert write(tmp_path)[1] == before
 
 
+@pytest.mark.parametrize("content", [b'{"text": "a', b"\0\0\n", b'{"text": "a"}\n', b"[1]\n", b"\xff\n"])
+def test_a_damaged_portion_is_named_and_written_again_once_it_is_gone(content, tmp_path):
+    source, before = write(tmp_path)
+    first = tmp_path / source.path[0].rpartition("/")[2]
+    first.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{first.name}: damaged .*; delete it, and the teacher writes it again"):
+        write(tmp_path)
+    first.unlink()
+    assert write(tmp_path)[1] == before
+
+
 def test_a_killed_writing_goes_on_with_the_next_portion(tmp_path, monkeypatch):
     source, documents = write(tmp_path)
     last = tmp_path / source.path[-1].rpartition("/")[2]
