@@ -62,8 +62,8 @@ def broken_rules(recipe: Recipe) -> Broken:
                 yield (*path, "from_teacher"), "there is no teacher to write it"
             yield from _check_task(source, path)
             if source.from_teacher is not None and not names_a_file(source.name):
-                yield (*path, "name"), f"got {source.name!r}, but files are called so; no '/', no '.' at its start, and " \
-                    f"at most {LONGEST_NAME} bytes"  # fmt: skip
+                what = f"no '/', no '.' at its start, at most {LONGEST_NAME} bytes"
+                yield (*path, "name"), f"got {source.name!r}, but files are called so; {what}"
             if source.from_teacher is None and source.top_p != 1:
                 yield (*path, "top_p"), "`top_p:` belongs to `from_teacher:`"
             if source.from_teacher is not None and source.kind == "preference":

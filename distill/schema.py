@@ -231,7 +231,9 @@ class Loss(Section):
 class Lora(Section):
     rank: int = Field(16, gt=0)
     alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
-    targets: SomeNames = Field(("q_proj", "k_proj", "v_proj", "o_proj"), description="matrices of the layers, of those trained")
+    targets: SomeNames = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), description="matrices of the layers, of those trained"
+    )
 
 
 class Stage(Section):

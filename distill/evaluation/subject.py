@@ -89,4 +89,6 @@ def _check_numbers(model: PreTrainedModel, path: str) -> None:
     """Raises UserError where the logits are NaN: every likeliest token and every choice would be the first one."""
     logits = model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False).logits
     if logits.isnan().any():
-        raise UserError(f"{path}: its logits are NaN in {model.dtype}, so nothing can be measured; are its weights whole?")
+        raise UserError(
+            f"{path}: its logits are NaN in {model.dtype}, so nothing can be measured; are its weights whole?"
+        )

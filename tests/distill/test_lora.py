@@ -71,7 +71,9 @@ def test_a_target_that_is_no_matrix_of_a_layer_is_refused(target, tied):
     """k_proj would have trained whole; the loss reads the head's weights and no adapter of it."""
     student = config(tie_word_embeddings=tied, qk_norm="head")
     wanted = stage("distil", lora={"targets": ["q_proj", target]}, trainable=["all"])
-    with pytest.raises(UserError, match=r"stages\.distil\.lora\.targets: '.*' is no matrix of a layer.*; allowed: a_proj"):
+    with pytest.raises(
+        UserError, match=r"stages\.distil\.lora\.targets: '.*' is no matrix of a layer.*; allowed: a_proj"
+    ):
         check_stage(wanted, student)
 
 

@@ -146,7 +146,10 @@ def test_models_of_different_tokenizers_are_not_compared(folders, tmp_path):
 def test_the_losses_are_those_of_the_run_that_made_the_export(tmp_path):
     export = tmp_path / "run" / "export"
     export.mkdir(parents=True)
-    records = [{"stage": "distil", "stage_index": 0, "step": step, "loss": float(step) if step else None} for step in range(1000)]
+    records = [
+        {"stage": "distil", "stage_index": 0, "step": step, "loss": float(step) if step else None}
+        for step in range(1000)
+    ]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert loss_curve(export) == []  # a folder beside some metrics, but no export
     (export / "deltanet_recipe.yaml").write_text("")

@@ -94,7 +94,11 @@ def test_no_result_takes_the_place_of_another(tasks, tmp_path, name):
     choices, twin = tmp_path / "choices.jsonl", tmp_path / f"{name}.jsonl"
     choices.write_text(json.dumps({"query": "a", "choices": ["b", "c"], "gold": 0}) + "\n")
     twin.write_text(json.dumps({"context": "a", "continuation": "b"}) + "\n")
-    for names in ([str(choices), "all", str(twin)], [str(twin), "all", str(choices)], [str(twin), "recall", str(choices)]):
+    for names in (
+        [str(choices), "all", str(twin)],
+        [str(twin), "all", str(choices)],
+        [str(twin), "recall", str(choices)],
+    ):
         with pytest.raises(UserError, match=f"two results called {name}; give the file another name"):
             select(names)
 
