@@ -260,8 +260,8 @@ def _id_dtype(vocab_size: int) -> type:
 def _open(folder: Path, source: Source, digest: str, vocab_size: int) -> Tokens:
     try:
         stored = json.loads((folder / "facts.json").read_text())
-        for name, digest in stored.get("sha256", {}).items():
-            if file_digest(folder / name) != digest:
+        for name, written in stored.get("sha256", {}).items():
+            if file_digest(folder / name) != written:
                 raise ValueError(f"the sha256 of {name} is not the one it was written with")
         facts = Facts(**stored["facts"])
         ids = np.memmap(folder / "ids.bin", _id_dtype(vocab_size), "r")

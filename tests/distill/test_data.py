@@ -69,6 +69,7 @@ def test_the_cache_is_used_again_and_made_anew_when_anything_changes(tmp_path):
     (folder,) = (tmp_path / "cache").iterdir()
     made = (folder / "ids.bin").stat().st_mtime_ns
     assert text_source(tmp_path, ["ab", "c"]).digest == first.digest
+    assert [folder.name for folder in (tmp_path / "cache").iterdir()] == [first.digest[:32]]
     assert (folder / "ids.bin").stat().st_mtime_ns == made
     assert text_source(tmp_path, ["ab", "d"]).digest != first.digest
     other = make_tokenizer(QWEN3, eos="<|endoftext|>")
