@@ -144,6 +144,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if "Content-Length" not in (headers or {}):
             self.send_header("Content-Length", str(len(content)))
+        if self.command == "PUT" and status == 200 and self.rule.cut is None:
+            self.hub.acknowledged.add(self.path)  # not behind the answer, when the next push may have begun
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -152,8 +154,6 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             return self._break()
         self.wfile.write(content)
-        if self.command == "PUT" and status == 200:
-            self.hub.acknowledged.add(self.path)
 
     def _route(self, body: bytes):
         parts = urlsplit(self.path)
