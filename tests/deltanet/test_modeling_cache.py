@@ -130,6 +130,9 @@ def test_a_cache_made_without_a_configuration_will_do(layout):
     assert (run(model, ids[:, 7:], cache)[0] - model(ids, use_cache=False).logits[:, 7:]).abs().max() < EXACT
 
 
+@pytest.mark.skipif(
+    not hasattr(DynamicCache, "activate_past_recording"), reason="an older transformers keeps its tokens"
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_a_reset_cache_begins_anew(layout):
