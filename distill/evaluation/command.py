@@ -43,11 +43,11 @@ def run(arguments) -> None:
             dtype=arguments.dtype,
             keep=keep,
         )
-    try:
-        if out is not None:
-            write_reports(out, report)
-    finally:  # what took hours is told even where it cannot be written
-        print(json.dumps(report, indent=2) if arguments.json else f"{markdown(report)}\n{short(report)}")
+        try:
+            if out is not None:
+                write_reports(out, report)
+        finally:  # what took hours is told even where it cannot be written
+            print(json.dumps(report, indent=2) if arguments.json else f"{markdown(report)}\n{short(report)}")
     if out is not None and not arguments.json:
         print(f"\npage: {out / NAME}.html")
 
@@ -56,24 +56,26 @@ def run(arguments) -> None:
 def _kept(folder: Path | None) -> Iterator[Callable[[dict], None]]:
     """Gives what keeps a report that is not finished, as UNFINISHED in `folder`; it stays there, and is told, where the
     block does not come to its end."""
-    kept = []
+    if folder is None:
+        yield lambda report: None
+        return
+    file, is_kept = folder / UNFINISHED, False
 
     def keep(report: dict) -> None:
-        if folder is not None:
-            try:
-                _write(folder, {UNFINISHED: json.dumps(report, indent=2) + "\n"})
-                kept.append(folder / UNFINISHED)
-            except UserError as error:  # no reason to end what may yet be printed
-                print(error, file=sys.stderr)
+        nonlocal is_kept
+        try:
+            _write(folder, {UNFINISHED: json.dumps(report, indent=2) + "\n"})
+            is_kept = True
+        except UserError as error:  # no reason to end what may yet be printed
+            print(error, file=sys.stderr)
 
     try:
         yield keep
     except BaseException:
-        if kept:
-            print(f"measured so far: {kept[-1]}", file=sys.stderr)
+        if is_kept:
+            print(f"measured so far: {file}", file=sys.stderr)
         raise
-    for file in kept:
-        file.unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
 
 
 def parse_contexts(words: list[str] | None) -> list[int] | None:

@@ -35,6 +35,7 @@ def test_a_report_that_cannot_be_written_is_printed_all_the_same(folders, tmp_pa
     printed = capsys.readouterr()
     assert "## In short" in printed.out
     assert f"{tmp_path}: the report cannot be written" in printed.err
+    assert json.loads((tmp_path / "evaluation.unfinished.json").read_text())["perplexity"]
 
 
 def test_what_was_measured_before_an_interruption_is_kept_until_the_next_report(folders, tmp_path, monkeypatch, capsys):
