@@ -299,14 +299,14 @@ def main() -> None:
         teacher = recipe.teacher.model
         making = {"recipe": table["recipe"], "teacher": teacher, "overrides": arguments.overrides}
         check_made_of(arguments.output, making)
-        todo = [name for name in names if not (arguments.output / name / "seconds.json").is_file()]
-        if todo:
+        waiting = [name for name in names if not (arguments.output / name / "seconds.json").is_file()]
+        if waiting:
             write_texts(recipe, arguments.output / "written")
     except DeltanetError as error:
         parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
     torch.cuda.empty_cache()
     if "tasks" in table and not (arguments.output / TEACHER / "tasks" / "evaluation.json").is_file():
-        todo.insert(0, TEACHER)
+        waiting.insert(0, TEACHER)
 
     def finish(name: str) -> bool:
         folder = arguments.output / name
@@ -324,7 +324,7 @@ def main() -> None:
     threads = places(arguments.jobs)
     untaken = iter(threads)
     with ThreadPoolExecutor(len(threads), initializer=lambda: setattr(PLACE, "environment", next(untaken))) as pool:
-        succeeded = list(pool.map(finish, todo))
+        succeeded = list(pool.map(finish, waiting))
     print(write_table(names, table, arguments.output))
     sys.exit(not all(succeeded))
 

@@ -245,9 +245,7 @@ def write_text(
 
 
 FEW = 4096
-"""Tokens that a nucleus is looked for among before all are sorted: enough for all but flat rows. Of 64 x 49,152 chances
-with normal logits of deviation 2 to 6, at .9 and .95, that takes .16 to .7 of the time of sorting all (one thread of a
-CPU, 27 November 2026)."""
+"""Tokens that a nucleus is looked for among before all are sorted, which takes longer: enough for all but flat rows."""
 
 
 def nucleus(chances: torch.Tensor, top_p: float, few: int = FEW) -> torch.Tensor:

@@ -132,7 +132,7 @@ class Corpus:
             for (_, facts), size in zip(prepared, self.sizes)
         ]
         order = [key, weights, packing, too_long, repeats, seq_len, [part.tokens.digest for part in self.parts]]
-        order += [noise] if noise else []
+        order += [noise] if noise else []  # so that a run begun before there was noise goes on
         spans = [hashlib.sha256(part.start.tobytes() + part.stop.tobytes()).hexdigest() for part in self.parts]
         self.digest = hashlib.sha256(json.dumps([order, spans]).encode()).hexdigest()
         # Bound to the object, so that a corpus that is dropped frees them.
@@ -157,9 +157,8 @@ class Corpus:
                 pieces.append(part.tokens.ids[span].astype(np.int64))
                 marks.append(None if part.tokens.marks is None else part.tokens.marks[span].astype(bool))
                 said.append(pieces[-1] if part.tokens.targets is None else part.tokens.targets[span].astype(np.int64))
-        if self.repeats and part.tokens.marks is None:
+        if part.tokens.marks is None:
             pieces = said = with_repeats(pieces, self.repeats, *self.key, _REPEATS, index)
-        if self.noise and part.tokens.marks is None:
             others = part.tokens.ids[: part.stop[-1]]  # what is held out lies behind
             pieces = with_noise(pieces, self.noise, others, *self.key, _NOISE, index)
         return assemble(pieces, self.seq_len, self.pad_id, marks, said)

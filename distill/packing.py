@@ -170,10 +170,9 @@ def with_noise(pieces: list[np.ndarray], share: float, others: np.ndarray, *key:
     """The pieces of one sequence; in a `share` of the sequences (by hash of `key`) NOISE of the tokens, but for the
     first of a piece, are replaced by any of `others`."""
     sizes = [len(piece) for piece in pieces]
-    draws = hashed(*key, count=1 + 2 * sum(sizes))
-    if fraction(draws[0]) >= share:
+    if fraction(hashed(*key)[0]) >= share:
         return pieces
-    replaced, drawn = draws[1:].reshape(2, -1)
+    replaced, drawn = hashed(*key, count=1 + 2 * sum(sizes))[1:].reshape(2, -1)
     drawn = others[drawn % np.uint64(len(others))]
     noisy = np.where(replaced < np.uint64(NOISE * 2**64), drawn, np.concatenate(pieces))
     result = np.split(noisy, np.cumsum(sizes)[:-1])

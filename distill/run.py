@@ -186,8 +186,10 @@ class _Run:
         the figures could not stand side by side."""
         if commit.info.get("measured_on", self.measured_on) == self.measured_on:
             return commit.info["results"]
-        _say("evaluation is of other text than before: teacher and first student are measured anew, and stages that "
-             "had ended before this commit are left out of the report")  # fmt: skip
+        _say(
+            "evaluation is of other text than before: teacher and first student are measured anew, and stages that had "
+            "ended before this commit are left out of the report"
+        )
         return None
 
     def _write_text(self, source: Source) -> Source:
