@@ -207,12 +207,14 @@ def write_text(
     advance: Callable[[float], None] | None = None,
     batch: int | None = None,
     top_p: float = 1.0,
+    openings: Sequence[str] = (),
 ) -> torch.Tensor:
     """(windows, length) token ids sampled from the teacher at temperature 1 (`nucleus` of top_p): the same for the same
     seed and device.
 
-    A third of the rows begin like a document, a third with a random token, a third like a chat where the teacher has
-    a template (else like a document). No sampled token ends a row: after an end of text the teacher starts another.
+    Rows are documents that begin with the words of one of `openings`, which take turns. Without them a third begin like
+    a document, a third with a random token, a third like a chat where the teacher has a template (else like a
+    document). No sampled token ends a row: after an end of text the teacher starts another.
     Raises UserError where these beginnings have a token that the teacher does not know.
     """
     generator = torch.Generator(teacher.device).manual_seed(seed)
@@ -220,11 +222,15 @@ def write_text(
     named = teacher.config.bos_token_id
     start = document_start(tokenizer) if tokenizer is not None else named if named in range(vocabulary) else None
     start = 0 if start is None else start
-    chat = _chat_opening(tokenizer) or [start]
-    openings = [[chat, [start], [start, _any_token(vocabulary, generator)]][row % 3] for row in range(windows)]
+    if openings:
+        words = [[start, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in openings]
+        begun = [words[row % len(words)] for row in range(windows)]
+    else:
+        chat = _chat_opening(tokenizer) or [start]
+        begun = [[chat, [start], [start, _any_token(vocabulary, generator)]][row % 3] for row in range(windows)]
     given = torch.full((windows, length), -1, dtype=torch.int64)
-    for row, opening in enumerate(openings):
-        given[row, : len(opening)] = torch.tensor(opening)[:length]
+    for row, beginning in enumerate(begun):
+        given[row, : len(beginning)] = torch.tensor(beginning)[:length]
     _refuse_strangers([given], vocabulary)
     out = given.clone()
     batch = batch or BATCH.get(teacher.device.type, BATCH["cpu"])

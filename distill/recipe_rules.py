@@ -66,6 +66,8 @@ def broken_rules(recipe: Recipe) -> Broken:
                 yield (*path, "name"), f"got {source.name!r}, but files are called so; {what}"
             if source.from_teacher is None and source.top_p != 1:
                 yield (*path, "top_p"), "`top_p:` belongs to `from_teacher:`"
+            if source.from_teacher is None and source.openings:
+                yield (*path, "openings"), "`openings:` belongs to `from_teacher:`"
             if source.from_teacher is not None and source.kind == "preference":
                 yield (*path, "kind"), "the teacher writes texts and chats; `from_teacher:` makes no preferences"
             for key in ("config", "revision", "split") if source.dataset is None else ():

@@ -158,6 +158,9 @@ class Source(Section):
     top_p: float = Field(
         1.0, gt=0, le=1, description="the teacher writes only tokens which together have so much of the chance"
     )
+    openings: Many[Text] = Field(
+        (), description="words that what the teacher writes begins with, in turn (of a chat the question)"
+    )
     task: str | None = Field(None, description="a generated task (docs/tasks.md), instead of path")
     options: dict[str, int | float | str] = Field({}, description="of the task, such as length: 64")
     documents: int | None = Field(None, gt=0, description="examples of the task")

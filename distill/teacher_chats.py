@@ -5,7 +5,7 @@ Kept are chats in which both turns ended by themselves, say more than once what 
 template. Files and portions: teacher_text.py. Twin: tests/distill/test_teacher_chats.py.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -19,28 +19,40 @@ from .chat import encode_chat
 from .onpolicy import write_after
 from .order import hashed
 
-QUESTION, ANSWER = 128, 384  # tokens at most
+QUESTION, SHORTEST = 128, 512
+"""Tokens of a question at most, and of a whole chat at most where sequences are shorter."""
 
 
 def write_chats(
     teacher: DeltaNetForCausalLM,
     tokenizer,
     count: int,
+    length: int,
     key: int,
     *,
     stop_ids: Collection[int],
     is_dull: Callable[[str], bool] = lambda text: False,
     top_p: float = 1.0,
+    openings: Sequence[str] = (),
 ) -> list[dict]:
     """Of `count` chats those worth keeping, each `messages` (a question, an answer) and `tokens` (of the whole chat).
 
-    The same key, teacher and top_p (`convert.text.nucleus`) write the same. A turn for which `is_dull` holds is dropped
-    with its chat. Raises UserError where the tokenizer has no chat template or the template none that can be begun.
+    A question has at most QUESTION tokens and begins with the words of one of `openings`, which take turns; an answer
+    has what is left of `length`. The same key, teacher, length, top_p (`convert.text.nucleus`) and openings write the
+    same. A turn for which `is_dull` holds is dropped with its chat. Raises UserError where the tokenizer has no chat
+    template or the template none that can be begun.
     """
-    opening, end = _user_turn(tokenizer)
+    start, end = _user_turn(tokenizer)
     limit = min(teacher.config.vocab_size, num_ids(tokenizer))
-    room = teacher.config.max_position_embeddings - len(opening)
-    asked = _write(teacher, [opening] * count, (key, 0), min(QUESTION, room // 2), {*stop_ids, end}, limit, top_p)
+    words = [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64) for text in openings or [""]]
+    given = [words[row % len(words)] for row in range(count)]
+    room = teacher.config.max_position_embeddings - len(start) - max(map(len, words))
+    if room < 2:
+        return []
+    longest = min(QUESTION, room // 2)
+    prompts = [np.concatenate([start, first]) for first in given]
+    asked = _write(teacher, prompts, (key, 0), longest, {*stop_ids, end}, limit, top_p)
+    asked = [np.concatenate([first, ids]) for first, ids in zip(given, asked)]
     questions = [_turn(ids, {*stop_ids, end}, tokenizer) for ids in asked]
     questions = [text for text in questions if text is not None and not is_dull(text)]
     if not questions:
@@ -51,7 +63,7 @@ def write_chats(
     left = teacher.config.max_position_embeddings - max(map(len, prompts))
     if left < 1:
         return []
-    answers = _write(teacher, prompts, (key, 1), min(ANSWER, left), stop_ids, limit, top_p)
+    answers = _write(teacher, prompts, (key, 1), min(length - longest, left), stop_ids, limit, top_p)
     kept = []
     for chat, ids in zip(chats, answers):
         text = _turn(ids, stop_ids, tokenizer)

@@ -22,7 +22,8 @@ from deltanet_errors import DeltanetError, UserError, one_line
 
 from .order import hashed
 from .schema import USUAL_NAME, Source
-from .teacher_chats import ANSWER, QUESTION, write_chats
+from .teacher_chats import SHORTEST as SHORTEST_CHAT
+from .teacher_chats import write_chats
 from .token_cache import Facts, Tokens
 
 SHORT, LONG = 256, 1024
@@ -49,10 +50,11 @@ def written_source(
 ) -> Source:
     """The source with `path` naming the files the teacher has written: at least `from_teacher` tokens in all.
 
-    The same seed, name, top_p, seq_len, teacher and kind of device write the same text, other names other text.
+    The same seed, name, top_p, openings, seq_len, teacher and kind of device write the same text, other names other
+    text.
     `advance` is told the tokens so far after every portion. Raises DeltanetError where the teacher only repeats itself
     (a `top_p` near 0 has it write the same again and again), and UserError where the folder holds text of that name by
-    another seed, length or shape of teacher, or damaged text.
+    another seed, length, openings or shape of teacher, or damaged text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []
@@ -82,7 +84,7 @@ def written_source(
 def planned(source: Source, seq_len: int) -> Tokens:
     """A stand-in of the size the source will have, for a plan without writing; of a chat all tokens are targets."""
     count = source.from_teacher
-    bounds = np.append(np.arange(0, count, _length(seq_len)), count)
+    bounds = np.append(np.arange(0, count, _length(source, seq_len)), count)
     facts = Facts(len(bounds) - 1, count, count, 0)
     marks = None if source.kind == "text" else np.ones(count, np.uint8)
     return Tokens(source.name, source.kind, "not written yet", np.zeros(count, np.uint16), bounds, marks, facts)
@@ -91,7 +93,8 @@ def planned(source: Source, seq_len: int) -> Tokens:
 def _made_of(source: Source, teacher, seed: int, seq_len: int) -> dict:
     """What decides a source's text besides its name. Of the teacher its shape alone: its weights may be in parts."""
     shape = {name: getattr(teacher.config, name) for name in SHAPE}
-    return {"kind": source.kind, "seed": seed, "length": _length(seq_len), "teacher": shape}
+    making = {"kind": source.kind, "seed": seed, "length": _length(source, seq_len), "teacher": shape}
+    return making | ({"openings": list(source.openings)} if source.openings else {})
 
 
 def _check_made_of(folder: Path, stem: str, making: dict) -> None:
@@ -104,7 +107,9 @@ def _check_made_of(folder: Path, stem: str, making: dict) -> None:
         return
     if before != making:
         changed = "; ".join(
-            f"{key} {before.get(key)} -> {making[key]}" for key in making if making[key] != before.get(key)
+            f"{key} {before.get(key)} -> {making.get(key)}"
+            for key in {**before, **making}
+            if making.get(key) != before.get(key)
         )
         raise UserError(
             f"{folder}: what the teacher wrote there as {stem} was made otherwise ({changed}); delete {stem}* there, "
@@ -112,14 +117,13 @@ def _check_made_of(folder: Path, stem: str, making: dict) -> None:
         )
 
 
-def _length(seq_len: int) -> int:
-    return min(max(seq_len, SHORT), LONG)
+def _length(source: Source, seq_len: int) -> int:
+    return min(max(seq_len, SHORTEST_CHAT if source.kind == "chat" else SHORT), LONG)
 
 
 def _shape(teacher, source: Source, seq_len: int) -> tuple[int, int]:
     """(rows, tokens of each) of a portion."""
-    length = QUESTION + ANSWER if source.kind == "chat" else _length(seq_len)
-    length = min(length, teacher.config.max_position_embeddings)
+    length = min(_length(source, seq_len), teacher.config.max_position_embeddings)
     if teacher.device.type != "cuda":
         return max(PORTION // length, 1), length
     config = teacher.config
@@ -131,11 +135,12 @@ def _shape(teacher, source: Source, seq_len: int) -> tuple[int, int]:
 
 def _portion(source: Source, teacher, tokenizer, key: int, seq_len: int) -> list[dict]:
     count, length = _shape(teacher, source, seq_len)
+    how = {"top_p": source.top_p, "openings": source.openings}
     if source.kind == "chat":
         ends = teacher.config.eos_token_id
         stop_ids = {*([ends] if isinstance(ends, int) else ends or []), tokenizer.eos_token_id} - {None}
-        return write_chats(teacher, tokenizer, count, key, stop_ids=stop_ids, is_dull=repeats, top_p=source.top_p)
-    rows = write_text(teacher, tokenizer, count, length, key, batch=count, top_p=source.top_p).numpy()
+        return write_chats(teacher, tokenizer, count, length, key, stop_ids=stop_ids, is_dull=repeats, **how)
+    rows = write_text(teacher, tokenizer, count, length, key, batch=count, **how).numpy()
     marks = _document_marks(tokenizer)
     return [document for row in rows for document in _documents(row, tokenizer, marks)]
 

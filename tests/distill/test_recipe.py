@@ -93,6 +93,7 @@ def test_defaults_by_kind_are_filled_in():
         ("stories.jsonl", "[]", "r.yaml:9 data.sources.0.path: got an empty list, expected at least one"),
         ("stories.jsonl", "a.txt\n      separator: ''", "data.sources.0.separator: got '' (text), expected text that"),
         ("stories.jsonl", "a.txt\n      top_p: 0.9", "sources.0.top_p: `top_p:` belongs to `from_teacher:`"),
+        ("stories.jsonl", "a.txt\n      openings: [A]", "sources.0.openings: `openings:` belongs to `from_teacher:`"),
         ("stories.jsonl", "a.txt\n      split: test", "r.yaml:10 data.sources.0.split: `split:` belongs to `dataset:`"),
         ("lr: 1e-4", "trainable: []", "r.yaml:15 stages.1.trainable: got an empty list, expected at least one"),
         ("lr: 1e-4", "lora: {targets: []}", "stages.1.lora.targets: got an empty list, expected at least one"),

@@ -15,7 +15,7 @@ from distill import teacher_text
 from distill.data import Corpus, whole
 from distill.recipe import parse_recipe
 from distill.schema import Source
-from distill.teacher_chats import ANSWER, QUESTION, write_chats
+from distill.teacher_chats import SHORTEST, write_chats
 from distill.teacher_text import planned, written_source
 from distill.token_cache import tokenise
 
@@ -42,13 +42,13 @@ def teacher():
 
 @pytest.fixture(autouse=True)
 def small_portions(monkeypatch):
-    monkeypatch.setattr(teacher_text, "PORTION", 8 * (QUESTION + ANSWER))
+    monkeypatch.setattr(teacher_text, "PORTION", 8 * SHORTEST)
 
 
 def test_the_same_key_writes_the_same_chats_each_a_question_and_an_answer(teacher):
-    chats = write_chats(teacher, TOKENIZER, 16, 1, stop_ids={STOP})
-    assert chats == write_chats(teacher, TOKENIZER, 16, 1, stop_ids={STOP})
-    assert chats != write_chats(teacher, TOKENIZER, 16, 2, stop_ids={STOP})
+    chats = write_chats(teacher, TOKENIZER, 16, SHORTEST, 1, stop_ids={STOP})
+    assert chats == write_chats(teacher, TOKENIZER, 16, SHORTEST, 1, stop_ids={STOP})
+    assert chats != write_chats(teacher, TOKENIZER, 16, SHORTEST, 2, stop_ids={STOP})
     assert len(chats) > 4
     for chat in chats:
         assert [turn["role"] for turn in chat["messages"]] == ["user", "assistant"]
@@ -58,12 +58,25 @@ def test_the_same_key_writes_the_same_chats_each_a_question_and_an_answer(teache
 
 
 def test_a_dull_turn_drops_its_chat_and_so_does_one_without_an_end(teacher):
-    chats = write_chats(teacher, TOKENIZER, 16, 1, stop_ids={STOP})
+    chats = write_chats(teacher, TOKENIZER, 16, SHORTEST, 1, stop_ids={STOP})
     word = chats[0]["messages"][1]["content"]
-    fewer = write_chats(teacher, TOKENIZER, 16, 1, stop_ids={STOP}, is_dull=lambda text: text == word)
+    fewer = write_chats(teacher, TOKENIZER, 16, SHORTEST, 1, stop_ids={STOP}, is_dull=lambda text: text == word)
     assert all(chat["messages"][1]["content"] != word for chat in fewer)
-    assert write_chats(teacher, TOKENIZER, 4, 1, stop_ids={STOP}, is_dull=lambda text: True) == []
-    assert write_chats(teacher, TOKENIZER, 4, 1, stop_ids={0}) == []  # it never writes id 0, so no answer ends
+    assert write_chats(teacher, TOKENIZER, 4, SHORTEST, 1, stop_ids={STOP}, is_dull=lambda text: True) == []
+    assert (
+        write_chats(teacher, TOKENIZER, 4, SHORTEST, 1, stop_ids={0}) == []
+    )  # it never writes id 0, so no answer ends
+
+
+def test_questions_begin_with_the_openings_in_turn_and_no_chat_is_longer_than_asked_for(teacher):
+    openings = ["ab 1", "cd 2"]
+    chats = write_chats(teacher, TOKENIZER, 16, 160, 1, stop_ids={STOP}, openings=openings)
+    questions = [chat["messages"][0]["content"] for chat in chats]
+    assert {question[:4] for question in questions} == set(openings)
+    assert all(len(question) > 4 for question in questions)
+    assert all(len(chat["messages"][1]["content"]) < 160 for chat in chats)
+    other = write_chats(teacher, TOKENIZER, 16, 160, 1, stop_ids={STOP}, openings=["ef"])
+    assert other and all(chat["messages"][0]["content"].startswith("ef") for chat in other)
 
 
 def test_a_source_of_chats_is_written_once_and_becomes_supervised_answers(teacher, tmp_path):
@@ -88,7 +101,7 @@ def test_a_teacher_that_cannot_chat_is_named(teacher, tmp_path, monkeypatch):
 
 
 def test_a_chat_that_is_written_again_and_again_is_kept_once(teacher, tmp_path, monkeypatch):
-    chat = write_chats(teacher, TOKENIZER, 16, 1, stop_ids={STOP})[0]
+    chat = write_chats(teacher, TOKENIZER, 16, SHORTEST, 1, stop_ids={STOP})[0]
     monkeypatch.setattr(teacher_text, "write_chats", lambda *arguments, **options: [chat, chat])
     with pytest.raises(DeltanetError, match="the teacher ends none of 40 chats or repeats them; give a chat instead"):
         written_source(SOURCE, teacher, TOKENIZER, tmp_path, 0, 128)

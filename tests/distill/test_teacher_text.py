@@ -62,6 +62,16 @@ def test_text_of_another_seed_or_length_is_not_taken_for_this_one(changed, told,
     assert write(tmp_path)[1] == before
 
 
+def test_texts_begin_with_the_openings_in_turn_and_of_other_openings_are_not_taken_for_them(tmp_path):
+    source = SOURCE.model_copy(update={"openings": ("Once upon a time", "The dog")})
+    written = written_source(source, TEACHER, TOKENIZER, tmp_path, 0, 64)
+    texts = [json.loads(line)["text"] for name in written.path for line in Path(name).read_text().splitlines()]
+    begun = [text for text in texts if text.startswith(source.openings)]
+    assert all(any(text.startswith(opening) for text in begun) for opening in source.openings)
+    with pytest.raises(UserError, match=r"openings \['Once upon a time', 'The dog'\] -> None"):
+        write(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b'{"text": "a', b"\0\0\n", b'{"text": "a"}\n', b"[1]\n", b"\xff\n"])
 def test_a_damaged_portion_is_named_and_written_again_once_it_is_gone(content, tmp_path):
     source, before = write(tmp_path)
@@ -92,7 +102,9 @@ def test_a_line_separator_that_the_teacher_writes_does_not_end_a_row(tmp_path, m
 
 
 def test_a_row_is_as_long_as_a_sequence_within_bounds():
-    assert [teacher_text._length(seq_len) for seq_len in (2, 300, 8192)] == [64, 300, 1024]
+    assert [teacher_text._length(SOURCE, seq_len) for seq_len in (2, 300, 8192)] == [64, 300, 1024]
+    chats = SOURCE.model_copy(update={"kind": "chat"})
+    assert [teacher_text._length(chats, seq_len) for seq_len in (2, 600, 8192)] == [512, 600, 1024]
     source = Source(name="teacher", from_teacher=1)
     assert [teacher_text._shape(TEACHER, source, seq_len) for seq_len in (64, 256)] == [(4, 64), (1, 256)]
 
