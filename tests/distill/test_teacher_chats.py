@@ -76,7 +76,8 @@ def test_questions_begin_with_the_openings_in_turn_and_no_chat_is_longer_than_as
     assert all(len(question) > 4 for question in questions)
     assert all(len(chat["messages"][1]["content"]) < 160 for chat in chats)
     other = write_chats(teacher, TOKENIZER, 16, 160, 1, stop_ids={STOP}, openings=["ef"])
-    assert other and all(chat["messages"][0]["content"].startswith("ef") for chat in other)
+    assert other
+    assert all(chat["messages"][0]["content"].startswith("ef") for chat in other)
 
 
 def test_a_source_of_chats_is_written_once_and_becomes_supervised_answers(teacher, tmp_path):
