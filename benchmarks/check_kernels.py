@@ -89,6 +89,9 @@ def cases():
                 yield made, dtype, None, "directions" in large, None
         for decay in ("near0", "near1"):
             yield dict(T=600, K=K, V=K, decay=decay, state=True), bf16, None, False, None
+    for decay in (None, "mixed"):
+        yield dict(T=1037, K=256, V=256, decay=decay, state=True, **hard), bf16, 4, False, None
+        yield dict(T=700, K=256, V=96, decay=decay, state=True), bf16, 2, False, None
     yield dict(T=2048, K=64, V=64, decay="mixed", H=4, **hard), bf16, None, False, None
     yield dict(T=2048, K=64, V=64, H=4, **hard), bf16, None, False, None
     yield dict(T=2048, K=64, V=64, decay="near1", H=4, **hard), bf16, 4, False, None

@@ -1,6 +1,6 @@
 """Times the kernels on one CUDA card: ours, flash-linear-attention's and causal SDPA side by side, and the copy floor.
 
-    python benchmarks/kernels.py [--peer] [--rows a,b] [--json out.json]
+    python benchmarks/kernels.py [--peer] [--rows a,b] [--json out.json] [--decode] [--lengths] [--first-call]
 
 Device time: medians of CUDA-graph replays. With --peer every row runs in a process of its own, so that the peer tunes
 on the very shape that is timed. "floor" is the time to copy as many bytes as the operation must move, at the measured
@@ -9,8 +9,11 @@ bandwidth of a copy: q, k, v, beta in and o out; for the backward also do in, th
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -166,6 +169,49 @@ def decoding() -> list[str]:
     return lines
 
 
+def lengths() -> list[str]:
+    """One sequence of 32 heads, D = 64, forward: every doubling from 32K to 1,048,576 tokens."""
+    lines, before = [], None
+    for T in (2**n for n in range(15, 21)):
+        q, k, v, beta = made(1, T, 32, 32, 64, {})[0]
+        with torch.no_grad():
+            each = replayed(lambda tensors=(q, k, v, beta): kernels.delta_rule(*tensors, scale=0.125))
+        more = "" if before is None else f", {each / before:.2f}x of half as many"
+        lines.append(f"{T} tokens: {each:.3f} ms{more}")
+        before = each
+        torch.cuda.empty_cache()
+    return lines
+
+
+def first_call() -> list[str]:
+    """Forward and backward of one shape with nothing compiled before, and what other B, T and H compile after it."""
+    lines = []
+    for row in ("d64", "d64-gated", "d128", "d128-gated"):
+        with tempfile.TemporaryDirectory() as cache:
+            command = [sys.executable, __file__, "--compiles", row]
+            told = subprocess.run(command, env=os.environ | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True)
+        lines += (told.stdout or told.stderr).strip().splitlines()[-1:]
+    return lines
+
+
+def compiles(row: str) -> str:
+    _, _, _, _, D, options = ROWS[row]
+    torch.zeros(1, device="cuda")
+    cache, took, files = Path(os.environ["TRITON_CACHE_DIR"]), [], []
+    for B, T, H in ((2, 512, 4), (3, 500, 4), (1, 1000, 6), (5, 77, 8)):
+        tensors, do, more = made(B, T, H, H, D, options)
+        g = more.pop("g", None)
+        leaves = [x.requires_grad_() for x in (*tensors, *([] if g is None else [g]))]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        o = kernels.delta_rule(*tensors, g=g, scale=D**-0.5, **more)[0]
+        torch.autograd.grad(o, leaves, do)
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+        files.append(len(list(cache.iterdir())))
+    return f"{row}: first call {took[0]:.1f} s, {files[0]} kernels; other B, T, H {files[-1] - files[0]} more"
+
+
 def shown(found: dict) -> str:
     cells = [f"{found['row']:15}", "ours {:.3f} / {:.3f}, {:.0f} MiB".format(*found["ours"])]
     cells.append("floor {:.3f} / {:.3f}".format(*found["floor"]))
@@ -183,8 +229,14 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--json", help="append one JSON object per row")
     parser.add_argument("--decode", action="store_true", help="also the decoding step")
+    parser.add_argument("--lengths", action="store_true", help="also one sequence of 32K to 1,048,576 tokens")
+    parser.add_argument("--first-call", action="store_true", help="also what compiling takes")
+    parser.add_argument("--compiles", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    names = options.rows.split(",")
+    if options.compiles:
+        print(compiles(options.compiles))
+        return
+    names = [name for name in options.rows.split(",") if name]
     for name in names:
         if options.peer and len(names) > 1:
             more = ["--json", options.json] if options.json else []
@@ -198,6 +250,10 @@ def main() -> None:
         torch.cuda.empty_cache()
     if options.decode:
         print("\n".join(decoding()))
+    if options.lengths:
+        print("\n".join(lengths()))
+    if options.first_call:
+        print("\n".join(first_call()))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ MAP = {
     256: Config(16, 2, 2),
 }
 """By padded key size; a program holds a tile of two states."""
-SCAN = dict.fromkeys((16, 32, 64, 128, 256), Config(16, 4, 1))
+SCAN = dict.fromkeys((16, 32, 64, 128), Config(16, 4, 1)) | {256: Config(16, 4, 1, wgmma=False)}
 """By padded key size."""
 WRITE = {
     16: Config(16, 1, 2),
     32: Config(32, 1, 2),
-    64: Config(64, 2, 2),
+    64: Config(64, 2, 3, group=2),
     128: Config(32, 1, 2),
     256: Config(32, 2, 2),
 }
@@ -64,7 +64,7 @@ KEY = {
     256: Config(32, 2, 2),
 }
 """By padded value size; keys are tiled."""
-QUERY = dict(KEY)
+QUERY = KEY | {64: Config(64, 2, 3, group=1)}
 """By padded value size; keys are tiled."""
 GATED_WRITE = WRITE | {128: Config(64, 2, 3)}
 GATED_KEY = KEY | {128: Config(32, 2, 2)}

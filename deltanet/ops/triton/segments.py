@@ -74,26 +74,42 @@ def scan_kernel(
     RETRY: tl.constexpr,
 ):  # fmt: skip
     """states[0] = first (0 if None), states[s + 1] = A_s states[s] + B_s; what follows the last into `last`.
-    REVERSE: from the last segment down, with A^T. Grid (documents * H * V tiles). Products in tf32x3."""
+    REVERSE: from the last segment down, with A^T. Grid (documents * H * V tiles). Products in tf32x3.
+
+    A map of more than 128 x 128 does not fit the shared memory: 32 of its columns at a time then, each times as many
+    rows of the state, which are read back from where they were just stored."""
     NV: tl.constexpr = VP // BV
+    KJ: tl.constexpr = KP if KP <= 128 else 32
     nh = (tl.program_id(0) // NV).to(tl.int64)
     if RETRY:
         if tl.load(shift + nh) == 0:
             return
     rv = ((tl.program_id(0) % NV) * BV + tl.arange(0, BV))[None, :]
     rk = tl.arange(0, KP)[:, None]
-    rj = tl.arange(0, KP)[None, :]
+    rj = tl.arange(0, KJ)[None, :]
     at = rk * V + rv
     inside = (rk < K) & (rv < V)
     at_map = (rj * K + rk) if REVERSE else (rk * K + rj)
+    rows = tl.arange(0, KJ)[:, None]
     S = tl.zeros([KP, BV], tl.float32)
     if first is not None:
         S = tl.load(first + nh * K * V + at, mask=inside, other=0.0)
     for i in tl.range(0, nseg):
         s = nseg - 1 - i if REVERSE else i
         tl.store(states + (nh * nseg + s) * K * V + at, S, mask=inside)
-        A = tl.load(maps + (nh * nseg + s) * K * K + at_map, mask=(rk < K) & (rj < K), other=0.0)
         B = tl.load(offsets + (nh * nseg + s) * K * V + at, mask=inside, other=0.0)
-        S = tl.dot(A, S, B, input_precision="tf32x3")
+        if KJ == KP:
+            A = tl.load(maps + (nh * nseg + s) * K * K + at_map, mask=(rk < K) & (rj < K), other=0.0)
+            S = tl.dot(A, S, B, input_precision="tf32x3")
+        else:
+            tl.debug_barrier()  # what other threads stored of the state is read below
+            for j in tl.range(0, KP, KJ):
+                ahead = (j * K) if REVERSE else j
+                A = tl.load(maps + (nh * nseg + s) * K * K + at_map + ahead, mask=(rk < K) & (rj + j < K), other=0.0)
+                Z = tl.load(
+                    states + (nh * nseg + s) * K * V + (rows + j) * V + rv, mask=(rows + j < K) & (rv < V), other=0.0
+                )
+                B = tl.dot(A, Z, B, input_precision="tf32x3")
+            S = B
     if last is not None:
         tl.store(last + nh * K * V + at, S, mask=inside)

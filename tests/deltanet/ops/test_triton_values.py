@@ -97,6 +97,13 @@ def test_segments_of_wide_heads(cut):
     check(T=70, K=128, V=128, state=True, H=1)
 
 
+@pytest.mark.parametrize(("K", "V"), [(256, 32), (200, 20)])
+def test_segments_whose_maps_are_taken_in_blocks(cut, K, V):
+    """A map of 256 x 256 took 544 KiB of shared memory, and no card launched it."""
+    cut(segments=3)
+    check(T=70, K=K, V=V, state=True, H=1)
+
+
 def test_three_query_heads_go_one_by_one():
     check(T=20, G=3, H=1, decay="mixed")
 
