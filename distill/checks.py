@@ -6,6 +6,7 @@ What needs the tokens is refused as they are there (`prepare.py`). Twin: tests/d
 import torch
 
 from deltanet import DeltaNetConfig
+from deltanet.config import max_context
 from deltanet_errors import UserError, one_line
 
 from .convert_step import config_after
@@ -38,7 +39,7 @@ def check_teacher(recipe: Recipe, config: DeltaNetConfig, tokenizer) -> None:
     recipe's texts, its chats or sequences of their length."""
     if tokenizer is None:
         raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
-    longest = _range(config)
+    longest = max_context(config)
     lengths = {"data.seq_len": recipe.data.seq_len}  # also that of held-out text, which the teacher always reads
     asked = [stage for stage in recipe.stages if stage.seq_len is not None and needs_teacher(stage)]
     lengths |= {f"stages.{stage.name}.seq_len": stage.seq_len for stage in asked}
@@ -56,19 +57,11 @@ def check_teacher(recipe: Recipe, config: DeltaNetConfig, tokenizer) -> None:
             )
 
 
-def _range(config: DeltaNetConfig) -> int:
-    """Tokens. Of two kinds of RoPE max_position_embeddings may be what the factor is yet to stretch."""
-    longest, rope = config.max_position_embeddings, config.rope_parameters or {}
-    if rope.get("rope_type") in ("linear", "yarn"):
-        longest = max(longest, int(rope["factor"] * (rope.get("original_max_position_embeddings") or longest)))
-    return longest
-
-
 def check_student(recipe: Recipe, config: DeltaNetConfig, device: torch.device) -> None:
     """Raises UserError where a student of this configuration cannot go through the stages, be measured or exported as
     the recipe says."""
     check_formats(recipe.export.formats, config, recipe.stages)
-    check_contexts(recipe.evaluation.contexts, config.max_position_embeddings, device, "evaluation.contexts")
+    check_contexts(recipe.evaluation.contexts, max_context(config), device, "evaluation.contexts")
     for stage in recipe.stages:
         config = config_after(stage, config)
         if stage.kind != "convert_step":

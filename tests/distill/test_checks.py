@@ -4,10 +4,11 @@ import re
 
 import pytest
 import small_run
+import torch
 
 from deltanet import DeltaNetConfig
 from deltanet_errors import UserError
-from distill.checks import check_teacher
+from distill.checks import check_student, check_teacher
 from distill.dry_run import describe
 from distill.recipe import load_recipe
 from distill.run import carry_out, distil
@@ -75,23 +76,20 @@ def test_a_teacher_without_a_tokenizer_is_named_before_it_is_converted(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0}  # fmt: skip
+STRETCHED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
 
-@pytest.mark.parametrize(
-    ("rope", "longest"),
-    [
-        ({"rope_type": "default"}, 64),
-        (LLAMA3, 64),
-        ({"rope_type": "linear", "factor": 2.0}, 128),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
-    ],
-)
-def test_a_sequence_may_be_as_long_as_the_teachers_rotary_embedding_reaches(rope, longest, tmp_path):
-    config = DeltaNetConfig(max_position_embeddings=64, rope_parameters={"rope_theta": 1e4} | rope)
+def test_a_sequence_may_be_as_long_as_the_teachers_rotary_embedding_reaches(tmp_path):
+    config = DeltaNetConfig(max_position_embeddings=64, rope_parameters=STRETCHED)
     recipe = small_run.write_recipe(tmp_path / "r.yaml", tmp_path / "teacher")
-    check_teacher(load_recipe(recipe, [f"data.seq_len={longest}"]), config, object())
-    with pytest.raises(UserError, match=f"data.seq_len {longest + 1}: allowed is 2 to {longest}, "):
-        check_teacher(load_recipe(recipe, [f"data.seq_len={longest + 1}"]), config, object())
+    check_teacher(load_recipe(recipe, ["data.seq_len=128"]), config, object())
+    with pytest.raises(UserError, match=r"data.seq_len 129: allowed is 2 to 128, "):
+        check_teacher(load_recipe(recipe, ["data.seq_len=129"]), config, object())
+
+
+def test_a_context_may_be_as_long_as_the_students_rotary_embedding_reaches(tmp_path):
+    config = DeltaNetConfig(max_position_embeddings=64, rope_parameters=STRETCHED)
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", tmp_path / "teacher")
+    check_student(load_recipe(recipe, ["evaluation.contexts=[128]"]), config, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"evaluation.contexts 129: allowed is 64 to 128, "):
+        check_student(load_recipe(recipe, ["evaluation.contexts=[129]"]), config, torch.device("cpu"))
