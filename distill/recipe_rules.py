@@ -213,6 +213,11 @@ def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> Broken:
         if loss.name not in allowed:
             yield (*path, "losses", index, "name"), f"{loss.name!r} is no loss of a {stage.kind} stage; " \
                 f"allowed: {', '.join(allowed)}"  # fmt: skip
+        if loss.name in [other.name for other in stage.losses[:index]]:
+            yield (
+                (*path, "losses", index, "name"),
+                f"{loss.name!r} is there twice; the metrics have one column of a name",
+            )
     if not stage.losses and stage.kind != "convert_step":
         yield (*path, "losses"), "no loss to train on"
     if stage.kind == "onpolicy" and recipe.deepspeed.stage == 3:

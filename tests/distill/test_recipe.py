@@ -70,6 +70,11 @@ def test_defaults_by_kind_are_filled_in():
         ("    steps: 10\n", "", "r.yaml:11 stages.0: say `steps:` or `tokens:`, one of them"),
         ("steps: 10", "steps: 3\n    warmup_steps: 4", "r.yaml:13 stages.0.warmup_steps: 4 is more than the stage's 3"),
         ("steps: 10", "steps: 1\n    losses: [{name: ce}]", "r.yaml:13 stages.0.losses.0.name: 'ce' is no loss"),
+        (
+            "lr: 1e-4",
+            "losses: [{name: ce}, {name: forward_kl, temperature: 1}, {name: forward_kl, temperature: 2}]",
+            "r.yaml:15 stages.1.losses.2.name: 'forward_kl' is there twice; the metrics have one column of a name",
+        ),
         ("steps: 10", "steps: 1\n    sources: [storys]", "'storys' is no source; allowed: stories (did you mean"),
         ("lr: 1e-4", "hybrid: none", "r.yaml:15 stages.1.hybrid: a distil stage has no such key; allowed: name, kind,"),
         ("lr: 1e-4", "prompt_tokens: 4", "r.yaml:15 stages.1.prompt_tokens: a distil stage has no such key; allowed: "),
