@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from deltanet_errors import UserError, nearest
 
 from .schema import LONGEST_NAME, LOSSES_OF, WITHOUT_TEACHER, Recipe, Source, Stage, has_key, names_a_file
+from .shares import BLOCK, dealt
 from .yaml_lines import KeyPath
 
 Broken = Iterator[tuple[KeyPath, str]]
@@ -84,6 +85,8 @@ def broken_rules(recipe: Recipe) -> Broken:
     weights = [source.weight is None for source in recipe.data.sources]
     if any(weights) and not all(weights):
         yield ("data", "sources", weights.index(True)), "give every source a weight, or none"
+    if not any(weights):
+        yield from _check_weights(recipe)
     if not recipe.stages:
         yield ("stages",), "no stage to run"
     if not recipe.data.sources:
@@ -170,6 +173,17 @@ def _check_models(recipe: Recipe) -> Broken:
                 allowed = ", ".join(name for name in LOSSES_OF[stage.kind] if name in WITHOUT_TEACHER)
                 rest = f"; without one allowed: {allowed}" if allowed else ""
                 yield ("stages", index, "losses", place, "name"), f"{loss.name!r} needs a `teacher:`{rest}"
+
+
+def _check_weights(recipe: Recipe) -> Broken:
+    named = {source.name: (index, source.weight) for index, source in enumerate(recipe.data.sources)}
+    for stage in recipe.stages:
+        read = [named[name] for name in stage_sources(recipe, stage) if name in named]
+        counts = dealt([weight for _, weight in read])
+        for (index, weight), count in zip(read, counts):
+            if count == 0:
+                what = f"is below 1/{BLOCK} of what stage {stage.name} reads, which would never see the source"
+                yield ("data", "sources", index, "weight"), f"{weight:g} {what}"
 
 
 def _check_task(source: Source, path: KeyPath) -> Broken:

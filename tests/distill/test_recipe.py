@@ -142,6 +142,16 @@ def test_a_chat_has_no_prompt_where_all_of_it_is_a_target():
         parse("", "", *own, "data.train_on=all")
 
 
+def test_a_weight_that_gets_no_sequence_of_a_stage_is_refused_with_its_source():
+    two = "data.sources=[{path: a.txt, weight: %s}, {path: b.txt, weight: 1000}]"
+    parse("", "", two % 1)
+    parse("", "", two % 0.1, "stages.0.sources=[a]", "stages.1.sources=[b]")
+    with pytest.raises(
+        UserError, match=r"data\.sources\.0\.weight: 0\.1 is below 1/1024 of what stage distil reads, which"
+    ):
+        parse("", "", two % 0.1, "stages.0.sources=[a]")
+
+
 def test_the_first_mistake_of_several_is_told_with_their_number():
     with pytest.raises(UserError, match=r"^r.yaml:4 x: unknown key; .* \(and 2 more\)$"):
         parse_recipe(
