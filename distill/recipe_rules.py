@@ -28,6 +28,13 @@ _OWNED = {
     "zero_optimization.offload_param": "deepspeed.offload_parameters",
 }
 
+# What to do where held-out text would be the text that is trained on: (key, remedy) by the kind of its source.
+_REMEDY = {
+    "from_teacher": ("name", "what the teacher writes follows from the name, so give it a name of its own"),
+    "dataset": ("dataset", "say another `split:`"),
+    "task": ("seed", "give it a seed of its own"),
+}
+
 
 def stage_sources(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
     """The names of the sources a stage reads: those it says, else all that it can read."""
@@ -74,11 +81,12 @@ def broken_rules(recipe: Recipe) -> Broken:
             for key in ("config", "revision", "split") if source.dataset is None else ():
                 if getattr(source, key) != Source.model_fields[key].default:
                     yield (*path, key), f"`{key}:` belongs to `dataset:`"
-    written = [source.name for source in recipe.data.sources if source.from_teacher is not None]
+    trained = [_text_of(source) for source in recipe.data.sources]
     for index, source in enumerate(recipe.evaluation.sources):
-        if source.from_teacher is not None and source.name in written:
-            yield ("evaluation", "sources", index, "name"), f"{source.name!r} is the very text that the stages train " \
-                "on; what the teacher writes follows from the name, so give it a name of its own"  # fmt: skip
+        if (text := _text_of(source)) is not None and text in trained:
+            key, remedy = _REMEDY[text[0]]
+            what = f"{getattr(source, key)!r} is the very text that the stages train on; {remedy}"
+            yield ("evaluation", "sources", index, key), what
     for index, name in enumerate(names):
         if name in names[:index]:
             yield ("data", "sources", index, "name"), f"{name!r} names two sources; give each a name of its own"
@@ -173,6 +181,15 @@ def _check_models(recipe: Recipe) -> Broken:
                 allowed = ", ".join(name for name in LOSSES_OF[stage.kind] if name in WITHOUT_TEACHER)
                 rest = f"; without one allowed: {allowed}" if allowed else ""
                 yield ("stages", index, "losses", place, "name"), f"{loss.name!r} needs a `teacher:`{rest}"
+
+
+def _text_of(source: Source) -> tuple | None:
+    """What decides the text of a source; None of files, which are told apart as they are looked for."""
+    if source.from_teacher is not None:
+        return "from_teacher", source.name
+    if source.dataset is not None:
+        return "dataset", source.dataset, source.config, source.split, source.revision
+    return None if source.task is None else ("task", source.task, source.options, source.seed)
 
 
 def _check_weights(recipe: Recipe) -> Broken:

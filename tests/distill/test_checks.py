@@ -34,6 +34,10 @@ FAULTS = [
     (["data.sources.0={path: absent.json, kind: chat, name: talk}"], "source talk: absent.json: no such file"),
     (["data.sources.0={path: '{recipes}/demo/config.json', kind: chat}"], "source config: kind chat needs a chat"),
     (["evaluation.sources.0.kind=chat"], "source held: kind chat needs a chat template"),
+    (
+        ["evaluation.sources.0.path={recipes}/demo/../demo/text.t*"],
+        "evaluation.sources: source held: .*text.txt is the very text that the stages train on, as source text; give",
+    ),
     (["evaluation.tasks=mqrr"], "evaluation.tasks mqrr: no such task (did you mean 'mqar'?)"),
     (["data.sources.0.path=absent.txt"], "source absent: absent.txt: no such file"),
     (["logging.trackio=true"], "logging.trackio: true, but trackio is not installed"),

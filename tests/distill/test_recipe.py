@@ -128,6 +128,24 @@ def test_the_teacher_does_not_write_the_same_text_for_training_and_for_evaluatio
         parse("", "", train, held, "evaluation.sources.0.name=teacher")
 
 
+@pytest.mark.parametrize(
+    ("source", "other", "message"),
+    [
+        (
+            "dataset: owner/texts",
+            "split: test",
+            "dataset: 'owner/texts' is the very text that the stages train on; say",
+        ),
+        ("task: mqar, documents: 9", "seed: 1", "seed: 0 is the very text that the stages train on; give it a seed"),
+    ],
+)
+def test_what_is_trained_on_is_not_held_out(source, other, message):
+    train = f"data.sources=[{{path: a.txt}}, {{name: x, {source}}}]"
+    parse("", "", train, f"evaluation.sources=[{{{source}, {other}}}]")
+    with pytest.raises(UserError, match=rf"evaluation\.sources\.0\.{message}"):
+        parse("", "", train, f"evaluation.sources=[{{{source}}}]")
+
+
 @pytest.mark.parametrize("name", ["../../evil", "a/b", ".hidden"])
 def test_the_name_of_what_the_teacher_writes_stays_in_its_folder(name):
     with pytest.raises(UserError, match=rf"data\.sources\.0\.name: got '{re.escape(name)}', but files are called so"):
