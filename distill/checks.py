@@ -7,7 +7,7 @@ import torch
 
 from deltanet import DeltaNetConfig
 from deltanet.config import max_context
-from deltanet_errors import UserError, one_line
+from deltanet_errors import UserError, nearest, one_line
 
 from .convert_step import config_after
 from .engine import EngineSettings
@@ -80,8 +80,38 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
     )
 
 
+class _Noting(dict):
+    """A mapping that notes which keys it was asked for, there or not; a copy notes them in the same set."""
+
+    def __init__(self, values: dict):
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self):
+        return self  # of which only `in` is asked
+
+
 def _check_extra(settings: EngineSettings) -> None:
+    """Raises UserError for what DeepSpeed refuses, and for a key that it does not look for: it has no list of them,
+    and leaves others out without a word."""
+    config = _Noting(settings.deepspeed_config())
     try:
-        quiet_deepspeed().DeepSpeedConfig(settings.deepspeed_config())
+        quiet_deepspeed().DeepSpeedConfig(config)
     except Exception as error:  # of pydantic, or whatever a value of the wrong type meets on its way
         raise UserError(f"deepspeed.extra: DeepSpeed refuses it: {one_line(error)}") from None
+    for key in settings.extra:
+        if key not in config.asked:
+            hint = nearest(key, sorted(config.asked))
+            raise UserError(f"deepspeed.extra.{key}: DeepSpeed reads no such key, so it would do nothing{hint}")

@@ -8,7 +8,7 @@ import torch
 
 from deltanet import DeltaNetConfig
 from deltanet_errors import UserError
-from distill.checks import check_student, check_teacher
+from distill.checks import check_recipe, check_student, check_teacher
 from distill.dry_run import describe
 from distill.recipe import load_recipe
 from distill.run import carry_out, distil
@@ -45,6 +45,11 @@ FAULTS = [
     (["deepspeed.extra={zero_optimization: {nope: 1}}"], "deepspeed.extra: DeepSpeed refuses it: "),
     (["deepspeed.extra={zero_optimization: 5}"], "deepspeed.extra: DeepSpeed refuses it: TypeError"),
     (
+        ["deepspeed.extra={wall_clock_breakdwn: true}"],
+        "deepspeed.extra.wall_clock_breakdwn: DeepSpeed reads no such key, so it would do nothing (did you mean 'wall_"
+        "clock_breakdown'?)",
+    ),
+    (
         ["stages=[{kind: distil, steps: 1}]", "teacher.cache.folder={recipes}/demo/text.txt"],
         "teacher.cache.folder .*/demo/text.txt: .*/demo/text.txt is a file, not a folder",
     ),
@@ -61,6 +66,20 @@ def test_a_fault_of_a_later_stage_or_of_the_end_stops_the_run_and_its_plan_at_on
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=pattern):
         describe(load_recipe(recipe, overrides), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "{wall_clock_breakdown: false, steps_per_print: 10, prescale_gradients: false, communication_data_type: fp32}",
+        "{activation_checkpointing: {profile: false}, flops_profiler: {enabled: false}, aio: {queue_depth: 8}}",
+        "{comms_logger: {enabled: false}, tensorboard: {enabled: false}, zero_optimization: {overlap_comm: true}}",
+        "{data_types: {grad_accum_dtype: fp32}, compile: {deepcompile: false}, torch_autocast: {enabled: false}}",
+    ],
+)
+def test_what_deepspeed_reads_may_be_among_its_extra_keys(extra, tmp_path):
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", tmp_path / "teacher")
+    check_recipe(load_recipe(recipe, [f"deepspeed.extra={extra}"]))
 
 
 def test_a_stage_without_the_teacher_may_go_beyond_its_range(tmp_path):
