@@ -23,8 +23,10 @@ TEXTS: tuple[Keys, ...] = (("text",), ("content",), ("document",))
 MESSAGES = (("messages",), ("conversations",), ("conversation",))
 COMPLETION, INSTRUCTION, PAIR = ("prompt", "completion"), ("instruction", "output"), ("chosen", "rejected")
 CHATS: tuple[Keys, ...] = (*MESSAGES, COMPLETION, INSTRUCTION, PAIR)
-CALLS = ("tool_calls", "function_call")
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """What a turn may say besides its content."""
+TOOLS = ("tools", "functions")
+"""Where a row lists the tools that its chat may call."""
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 FILE, FOLDER = "a file", "a folder"
@@ -206,7 +208,8 @@ def read_text(record: object, place: str, field: str | None = None) -> str:
 
 def read_chat(record: object, place: str, field: str | None = None) -> Messages:
     """The conversation that a record has, under `field` if that is given: messages, ShareGPT's (from, value), a prompt
-    and its completion, instruction / input / output, or of a pair of answers the chosen one.
+    and its completion, instruction / input / output, or of a pair of answers the chosen one; before it what the record
+    says of `system` and `history`.
 
     Raises UserError headed by `place`.
     """
@@ -225,7 +228,7 @@ def read_chat(record: object, place: str, field: str | None = None) -> Messages:
         asked = [part for part in (turns, record.get("input")) if part]
         question = "\n".join(asked) if all(isinstance(part, str) for part in asked) else None
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": record[keys[1]]}]
-    return _turns(turns, f"{place} {keys[0]}")
+    return _opened(_turns(turns, f"{place} {keys[0]}"), record, place)
 
 
 def read_answer(record: dict, place: str, key: str, field: str | None = None) -> Messages:
@@ -246,7 +249,30 @@ def read_answer(record: dict, place: str, key: str, field: str | None = None) ->
         raise UserError(f"{place} {key}: expected a prompt and then the assistant's answer")
     if turns[-2]["role"] == "assistant":
         raise UserError(f"{place} {key}: the prompt ends with the assistant; it must end with what is answered")
-    return turns
+    return _opened(turns, record, place)
+
+
+def _opened(turns: Messages, record: dict, place: str) -> Messages:
+    """The turns after what their record says beside them: its `system` in front, then its `history`, a list of
+    [question, answer]. Raises UserError where they cannot stand there, and where it lists tools."""
+    for key in TOOLS:
+        if record.get(key) not in (None, "", "[]", [], {}):
+            raise UserError(f"{place} {key}: not read; write the tools into a system turn, as the chat template would")
+    opening = turns[:1] if turns[0]["role"] == "system" else []
+    turns, system, history = turns[len(opening) :], record.get("system"), record.get("history") or []
+    if system:
+        if not isinstance(system, str):
+            raise UserError(f"{place} system: expected text, got {type(system).__name__}")
+        own = [{"role": "system", "content": encodable(system, f"{place} system")}]
+        if opening not in ([], own):
+            raise UserError(f"{place} system: the chat begins with another system turn; leave one of them out")
+        opening = own
+    pairs = history if isinstance(history, list) else [history]
+    if not all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in pairs):
+        raise UserError(f"{place} history: expected a list of [question, answer], both text")
+    said = [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
+    earlier = [{"role": role, "content": encodable(text, f"{place} history")} for role, text in said]
+    return opening + earlier + turns
 
 
 def _turns(turns: object, where: str, said_by: str | None = None) -> Messages:
@@ -263,9 +289,9 @@ def _turns(turns: object, where: str, said_by: str | None = None) -> Messages:
         given = turn if isinstance(turn, dict) else {}
         role = given.get("role") or given.get("from")
         content = given.get("value") if given.get("content") is None else given["content"]
-        for key in CALLS:
+        for key in UNREAD:
             if given.get(key):
-                raise UserError(f"{where}[{number}]: {key} are not read; write them into the content, as text")
+                raise UserError(f"{where}[{number}] {key}: not read; write it into the content, as text")
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(f"{where}[{number}]: expected an object with role and content, both text")
         role = ROLES.get(role, role)

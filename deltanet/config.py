@@ -58,6 +58,15 @@ def refuse_rotary(settings: dict, where: str) -> None:
         raise UserError(f"{where}low_freq_factor is {low!r}; allowed: less than high_freq_factor ({high!r})")
 
 
+def max_context(config: PreTrainedConfig) -> int:
+    """Tokens of the longest text that the positions of a decoder, ours or another, allow. Of two kinds of RoPE
+    max_position_embeddings may be what the factor is yet to stretch."""
+    longest, rope = config.max_position_embeddings, getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("linear", "yarn"):
+        longest = max(longest, int(rope["factor"] * (rope.get("original_max_position_embeddings") or longest)))
+    return longest
+
+
 @strict
 class DeltaNetConfig(PreTrainedConfig):
     """Args beyond the usual Llama ones:

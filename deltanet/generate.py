@@ -10,6 +10,7 @@ from transformers.utils import logging
 from deltanet_errors import UserError, nearest, one_line
 
 from .bounds import refuse_misfits, refuse_oversized
+from .config import max_context
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -167,7 +168,7 @@ def _encode(tokenizer, prompt: str, chat: bool, model: str, config) -> dict:
             "input_ids": torch.tensor([[config.bos_token_id]]),
             "attention_mask": torch.ones(1, 1, dtype=torch.long),
         }
-    highest, length, most = int(inputs["input_ids"].max()), inputs["input_ids"].shape[1], config.max_position_embeddings
+    highest, length, most = int(inputs["input_ids"].max()), inputs["input_ids"].shape[1], max_context(config)
     if highest >= config.vocab_size:
         raise UserError(f"{model}: its tokenizer gives token {highest}, but the model has {config.vocab_size}")
     if length > most:

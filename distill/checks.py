@@ -6,7 +6,8 @@ What needs the tokens is refused as they are there (`prepare.py`). Twin: tests/d
 import torch
 
 from deltanet import DeltaNetConfig
-from deltanet_errors import UserError, one_line
+from deltanet.config import max_context
+from deltanet_errors import UserError, nearest, one_line
 
 from .convert_step import config_after
 from .engine import EngineSettings
@@ -38,7 +39,7 @@ def check_teacher(recipe: Recipe, config: DeltaNetConfig, tokenizer) -> None:
     recipe's texts, its chats or sequences of their length."""
     if tokenizer is None:
         raise UserError(f"teacher.model: {recipe.teacher.model} has no tokenizer, so no text can be read")
-    longest = _range(config)
+    longest = max_context(config)
     lengths = {"data.seq_len": recipe.data.seq_len}  # also that of held-out text, which the teacher always reads
     asked = [stage for stage in recipe.stages if stage.seq_len is not None and needs_teacher(stage)]
     lengths |= {f"stages.{stage.name}.seq_len": stage.seq_len for stage in asked}
@@ -56,19 +57,11 @@ def check_teacher(recipe: Recipe, config: DeltaNetConfig, tokenizer) -> None:
             )
 
 
-def _range(config: DeltaNetConfig) -> int:
-    """Tokens. Of two kinds of RoPE max_position_embeddings may be what the factor is yet to stretch."""
-    longest, rope = config.max_position_embeddings, config.rope_parameters or {}
-    if rope.get("rope_type") in ("linear", "yarn"):
-        longest = max(longest, int(rope["factor"] * (rope.get("original_max_position_embeddings") or longest)))
-    return longest
-
-
 def check_student(recipe: Recipe, config: DeltaNetConfig, device: torch.device) -> None:
     """Raises UserError where a student of this configuration cannot go through the stages, be measured or exported as
     the recipe says."""
     check_formats(recipe.export.formats, config, recipe.stages)
-    check_contexts(recipe.evaluation.contexts, config.max_position_embeddings, device, "evaluation.contexts")
+    check_contexts(recipe.evaluation.contexts, max_context(config), device, "evaluation.contexts")
     for stage in recipe.stages:
         config = config_after(stage, config)
         if stage.kind != "convert_step":
@@ -87,8 +80,38 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
     )
 
 
+class _Noting(dict):
+    """A mapping that notes which keys it was asked for, there or not; a copy notes them in the same set."""
+
+    def __init__(self, values: dict):
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self):
+        return self  # of which only `in` is asked
+
+
 def _check_extra(settings: EngineSettings) -> None:
+    """Raises UserError for what DeepSpeed refuses, and for a key that it does not look for: it has no list of them,
+    and leaves others out without a word."""
+    config = _Noting(settings.deepspeed_config())
     try:
-        quiet_deepspeed().DeepSpeedConfig(settings.deepspeed_config())
+        quiet_deepspeed().DeepSpeedConfig(config)
     except Exception as error:  # of pydantic, or whatever a value of the wrong type meets on its way
         raise UserError(f"deepspeed.extra: DeepSpeed refuses it: {one_line(error)}") from None
+    for key in settings.extra:
+        if key not in config.asked:
+            hint = nearest(key, sorted(config.asked))
+            raise UserError(f"deepspeed.extra.{key}: DeepSpeed reads no such key, so it would do nothing{hint}")

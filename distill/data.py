@@ -18,9 +18,9 @@ from deltanet_errors import UserError
 
 from .order import permutation
 from .packing import Packing, Sequence, assemble, pack_best_fit, pack_single, pack_wrapped, with_noise, with_repeats
+from .shares import dealt
 from .token_cache import Tokens
 
-BLOCK = 1024  # sequences; weights are exact to one in this many
 _DOCUMENTS, _SEQUENCES, _BLOCKS, _REPEATS, _NOISE = range(5)  # what a hash is for
 
 
@@ -115,7 +115,7 @@ class Corpus:
     ):
         """`packing` is for texts; chats are never cut by it and always packed best_fit, after `too_long` (cut or drop)
         has dealt with those over seq_len; `single` packs nothing. Raises UserError for a source without a target, for
-        texts that do not fill a sequence unless each `may_be_short`, and for a weight below one in BLOCK."""
+        texts that do not fill a sequence unless each `may_be_short`."""
         self.seq_len, self.key, self.repeats, self.noise, self.pad_id = seq_len, tuple(key), repeats, noise, pad_id
         self.packing = packing
         prepared = [_fit(part, seq_len, too_long, may_be_short) for part in parts]
@@ -126,7 +126,7 @@ class Corpus:
             -(-part.num_tokens // seq_len) if fixed is None else len(fixed)
             for part, fixed in zip(self.parts, self._fixed)
         ]
-        self.counts = self._counts(weights)
+        self.counts = self.sizes if weights is None else dealt(weights)
         self.reports = [
             Report(**facts, sequences=size, padding=size * seq_len - facts["packed"])
             for (_, facts), size in zip(prepared, self.sizes)
@@ -172,20 +172,6 @@ class Corpus:
 
     def _is_wrapped(self, part: Part) -> bool:
         return self.packing == "wrapped" and part.tokens.kind == "text"
-
-    def _counts(self, weights: Many[float] | None) -> list[int]:
-        if weights is None:
-            return self.sizes
-        shares = np.array(weights, np.float64) / sum(weights) * BLOCK
-        counts = np.floor(shares).astype(int)
-        missing = BLOCK - int(counts.sum())
-        counts[np.argsort(-(shares - counts), kind="stable")[:missing]] += 1
-        for part, count, weight in zip(self.parts, counts, weights):
-            if count == 0:
-                raise UserError(
-                    f"source {part.tokens.name}: a weight of {weight} is below 1/{BLOCK} of all, it would never be seen"
-                )
-        return counts.tolist()
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The source of each place of a block, and how many of that source come before it within the block."""

@@ -16,6 +16,7 @@ from convert.families import teacher_config
 from convert.sources import open_source
 from convert.tokens import num_ids
 from deltanet import DeltaNetConfig
+from deltanet.config import max_context
 
 from .checks import check_recipe, check_student, check_teacher
 from .convert_step import config_after
@@ -54,7 +55,7 @@ def describe(recipe: Recipe, cache: Path) -> str:
         plans = plan_stages(recipe, prepared)
     held_out_sequences(recipe, prepared)
     vocab_size = min((teacher or config).vocab_size, num_ids(tokenizer))
-    longest, limit = (teacher or config).max_position_embeddings, recipe.evaluation.task_examples
+    longest, limit = max_context(teacher or config), recipe.evaluation.task_examples
     check_tasks(tasks, tokenizer, vocab_size, longest, limit)
     lines = ["teacher  none"]
     if teacher is not None:

@@ -6,6 +6,7 @@ Twin: tests/distill/test_checks.py.
 from pathlib import Path
 
 from convert.text_files import WORDS, check_file
+from deltanet_errors import UserError
 
 from .documents import find_files
 from .output import check_folder
@@ -13,10 +14,17 @@ from .schema import Recipe
 
 
 def check_paths(recipe: Recipe) -> None:
-    """Raises UserError for a source whose files are not there or none that can be read, and where the folder of the
-    teacher's cache cannot be written."""
-    for source in (*recipe.data.sources, *recipe.evaluation.sources):
-        find_files(source)
+    """Raises UserError for a source whose files are not there or none that can be read, for a file to be measured on
+    that is trained on too, and where the folder of the teacher's cache cannot be written."""
+    trained = {file.resolve(): source.name for source in recipe.data.sources for file in find_files(source)}
+    for source in recipe.evaluation.sources:
+        for file in find_files(source):
+            if file.resolve() in trained:
+                raise UserError(
+                    f"evaluation.sources: source {source.name}: {file} is the very text that the stages train on, as "
+                    f"source {trained[file.resolve()]}; give it text of its own, or leave evaluation.sources out, and "
+                    "data.held_out keeps a part of every source"
+                )
     if recipe.teacher is not None and recipe.teacher.cache is not None and recipe.teacher.cache.folder is not None:
         check_folder(Path(recipe.teacher.cache.folder), "teacher.cache.folder")
 

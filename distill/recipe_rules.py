@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from deltanet_errors import UserError, nearest
 
 from .schema import LONGEST_NAME, LOSSES_OF, WITHOUT_TEACHER, Recipe, Source, Stage, has_key, names_a_file
+from .shares import BLOCK, dealt
 from .yaml_lines import KeyPath
 
 Broken = Iterator[tuple[KeyPath, str]]
@@ -25,6 +26,13 @@ _OWNED = {
     "zero_optimization.stage": "deepspeed.stage",
     "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
     "zero_optimization.offload_param": "deepspeed.offload_parameters",
+}
+
+# What to do where held-out text would be the text that is trained on: (key, remedy) by the kind of its source.
+_REMEDY = {
+    "from_teacher": ("name", "what the teacher writes follows from the name, so give it a name of its own"),
+    "dataset": ("dataset", "say another `split:`"),
+    "task": ("seed", "give it a seed of its own"),
 }
 
 
@@ -73,17 +81,20 @@ def broken_rules(recipe: Recipe) -> Broken:
             for key in ("config", "revision", "split") if source.dataset is None else ():
                 if getattr(source, key) != Source.model_fields[key].default:
                     yield (*path, key), f"`{key}:` belongs to `dataset:`"
-    written = [source.name for source in recipe.data.sources if source.from_teacher is not None]
+    trained = [_text_of(source) for source in recipe.data.sources]
     for index, source in enumerate(recipe.evaluation.sources):
-        if source.from_teacher is not None and source.name in written:
-            yield ("evaluation", "sources", index, "name"), f"{source.name!r} is the very text that the stages train " \
-                "on; what the teacher writes follows from the name, so give it a name of its own"  # fmt: skip
+        if (text := _text_of(source)) is not None and text in trained:
+            key, remedy = _REMEDY[text[0]]
+            what = f"{getattr(source, key)!r} is the very text that the stages train on; {remedy}"
+            yield ("evaluation", "sources", index, key), what
     for index, name in enumerate(names):
         if name in names[:index]:
             yield ("data", "sources", index, "name"), f"{name!r} names two sources; give each a name of its own"
     weights = [source.weight is None for source in recipe.data.sources]
     if any(weights) and not all(weights):
         yield ("data", "sources", weights.index(True)), "give every source a weight, or none"
+    if not any(weights):
+        yield from _check_weights(recipe)
     if not recipe.stages:
         yield ("stages",), "no stage to run"
     if not recipe.data.sources:
@@ -172,6 +183,26 @@ def _check_models(recipe: Recipe) -> Broken:
                 yield ("stages", index, "losses", place, "name"), f"{loss.name!r} needs a `teacher:`{rest}"
 
 
+def _text_of(source: Source) -> tuple | None:
+    """What decides the text of a source; None of files, which are told apart as they are looked for."""
+    if source.from_teacher is not None:
+        return "from_teacher", source.name
+    if source.dataset is not None:
+        return "dataset", source.dataset, source.config, source.split, source.revision
+    return None if source.task is None else ("task", source.task, source.options, source.seed)
+
+
+def _check_weights(recipe: Recipe) -> Broken:
+    named = {source.name: (index, source.weight) for index, source in enumerate(recipe.data.sources)}
+    for stage in recipe.stages:
+        read = [named[name] for name in stage_sources(recipe, stage) if name in named]
+        counts = dealt([weight for _, weight in read])
+        for (index, weight), count in zip(read, counts):
+            if count == 0:
+                what = f"is below 1/{BLOCK} of what stage {stage.name} reads, which would never see the source"
+                yield ("data", "sources", index, "weight"), f"{weight:g} {what}"
+
+
 def _check_task(source: Source, path: KeyPath) -> Broken:
     if source.task is None:
         for key in ("options", "documents", "seed"):
@@ -213,6 +244,11 @@ def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> Broken:
         if loss.name not in allowed:
             yield (*path, "losses", index, "name"), f"{loss.name!r} is no loss of a {stage.kind} stage; " \
                 f"allowed: {', '.join(allowed)}"  # fmt: skip
+        if loss.name in [other.name for other in stage.losses[:index]]:
+            yield (
+                (*path, "losses", index, "name"),
+                f"{loss.name!r} is there twice; the metrics have one column of a name",
+            )
     if not stage.losses and stage.kind != "convert_step":
         yield (*path, "losses"), "no loss to train on"
     if stage.kind == "onpolicy" and recipe.deepspeed.stage == 3:

@@ -8,6 +8,7 @@ import torch
 
 from convert.sizes import parse_size
 from deltanet import DeltaNetForCausalLM, load_student
+from deltanet.config import max_context
 
 from .evaluation.at_end import evaluate_export
 from .evaluation.markdown import short
@@ -66,5 +67,5 @@ def write_results(
 def _subject(recipe: Recipe, teacher: DeltaNetForCausalLM | None, tokenizer) -> Subject | None:
     if teacher is None:
         return None
-    longest = teacher.config.max_position_embeddings
+    longest = max_context(teacher.config)
     return Subject(recipe.teacher.model, teacher, tokenizer, teacher.device, teacher.dtype, longest)

@@ -34,6 +34,7 @@ from convert.publish.push import push
 from convert.sources import open_source
 from convert.tokens import num_ids
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
+from deltanet.config import max_context
 from deltanet_errors import UserError
 
 from . import lora
@@ -138,7 +139,7 @@ class _Run:
         once(self.world, lambda: check_tokenizer(self.start, tokenizer))
         self.teacher = None if self.teacher_folder is None else self._load_teacher()
         config = DeltaNetConfig.from_pretrained(self.start) if self.teacher is None else self.teacher.config
-        longest = config.max_position_embeddings
+        longest = max_context(config)
         vocab_size = config.vocab_size
         self.vocab_size = min(vocab_size, num_ids(tokenizer))
         check_top_k(self.recipe, self.vocab_size)

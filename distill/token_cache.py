@@ -28,6 +28,7 @@ from .preferences import read_pair
 from .schema import Source
 
 FORMAT = 2  # to be raised when the same files give other tokens than before
+CHAT_FORMAT = 2  # to be raised when the same chats or preferences give other tokens than before
 TASK_FORMAT = 2  # to be raised when a task makes other examples than before
 BATCH = 256  # documents given to the tokenizer at once; it spreads them over the cores
 
@@ -114,7 +115,7 @@ def tokenise(
     files, source = find_files(source), pin_revision(source)
     made_by = source.model_dump(mode="json", exclude={"name", "weight", "path"})
     contents = [_content(file, source) for file in (*files, *_task_files(source))]
-    rule = {"text": None, "task": TASK_FORMAT}.get(source.kind, [train_on, sorted(stop_ids)])
+    rule = {"text": None, "task": TASK_FORMAT}.get(source.kind, [CHAT_FORMAT, train_on, sorted(stop_ids)])
     digest = _digest([FORMAT, made_by, contents, tokenizer_digest(tokenizer), rule])
     folder = cache / digest[:32]
     if not folder.is_dir():

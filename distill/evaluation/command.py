@@ -7,9 +7,8 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deltanet_errors import UserError
@@ -95,12 +94,18 @@ def write_reports(folder: Path, report: dict) -> None:
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
+    """Writes all aside before the first takes its place; under the same names each time, so that what a killed process
+    left there goes with the next report."""
+    aside = {name: folder / f".{name}.tmp" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=folder) as aside:
-            for name, text in files.items():
-                (Path(aside) / name).write_text(text, encoding="utf-8")
-            for name in files:
-                os.replace(Path(aside) / name, folder / name)
+        for name, text in files.items():
+            aside[name].write_text(text, encoding="utf-8")
+        for name in files:
+            os.replace(aside[name], folder / name)
     except OSError as error:
         raise UserError(f"{folder}: the report cannot be written: {error.strerror or error}") from error
+    finally:
+        for path in aside.values():
+            with suppress(OSError):
+                path.unlink()

@@ -10,6 +10,7 @@ from convert.command import load_tokenizer
 from convert.sources import open_source
 from convert.tokens import num_ids
 from deltanet import DeltaNetConfig
+from deltanet.config import max_context
 from deltanet.generate import load_model, pick_device, pick_dtype
 from deltanet_errors import UserError
 
@@ -80,8 +81,7 @@ def load_subject(path: str | Path, *, device: str = "auto", dtype: str = "auto")
         model = load_model(source.folder, kind, str(path))
     model = model.to(where).eval().requires_grad_(False)
     _check_numbers(model, str(path))
-    longest = model.config.get_text_config().max_position_embeddings
-    return Subject(str(path), model, tokenizer, where, model.dtype, longest)
+    return Subject(str(path), model, tokenizer, where, model.dtype, max_context(model.config.get_text_config()))
 
 
 @torch.no_grad()

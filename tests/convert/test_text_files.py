@@ -13,6 +13,8 @@ from deltanet import UserError
 CHAT = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A fox."}]
 ASKED, ANSWERED = CHAT
 OTHER = {"role": "assistant", "content": "No."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+EARLIER = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,18 @@ OTHER = {"role": "assistant", "content": "No."}
         ),
         ({"prompt": "Who are you?", "completion": "A fox."}, CHAT),
         ({"prompt": [ASKED], "completion": [ANSWERED]}, CHAT),
+        ({"instruction": "Who are you?", "output": "A fox.", "system": "Be brief."}, [SYSTEM, *CHAT]),
+        ({"instruction": "Who are you?", "output": "A fox.", "history": [["Hello", "Hi."]]}, [*EARLIER, *CHAT]),
+        ({"conversations": CHAT, "system": "Be brief.", "tools": "[]"}, [SYSTEM, *CHAT]),
+        (
+            {"messages": [SYSTEM, *CHAT], "system": "Be brief.", "history": [["Hello", "Hi."]]},
+            [SYSTEM, *EARLIER, *CHAT],
+        ),
+        ({"messages": CHAT, "system": "", "history": [], "tools": None}, CHAT),
+        ({"prompt": "Who are you?", "completion": "A fox.", "system": "Be brief."}, [SYSTEM, *CHAT]),
+        ({"messages": [ASKED], "chosen": ANSWERED, "rejected": OTHER, "system": "Be brief."}, [SYSTEM, *CHAT]),
+        ({"messages": [ASKED, {**ANSWERED, "reasoning_content": ""}]}, CHAT),
+        ({"text": "a story", "tools": "[1]", "system": "Be brief."}, "a story"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
@@ -143,6 +157,29 @@ def test_blank_texts_are_no_documents_and_a_single_record_is_one(tmp_path, name,
         ("a.jsonl", b"[" + b"9" * 5000 + b"]", r"a\.jsonl:1: a number of more than 4,300 digits, which"),
         ("a.jsonl", b'{"instruction": "x", "output": "y", "input": 3}', r"a\.jsonl:1 instruction\[0\]: expected"),
         ("a.jsonl", b'{"prompt": "x", "chosen": "y", "rejected": 3}\n{"prompt": 3, "completion": "y"}', r":2 prompt: "),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}',
+            r"a\.jsonl:1 messages\[0\] reasoning_content: not read; write it into the content, as text",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"conversations": [{"from": "human", "value": "x"}], "tools": "[{}]"}',
+            r"a\.jsonl:2 tools: not read; write the tools into a system turn",
+        ),
+        (
+            "a.json",
+            b'[{"messages": [{"role": "system", "content": "x"}], "system": "y"}]',
+            r"a\.json\[0\] system: the chat begins with another system turn; leave one of them out",
+        ),
+        ("a.jsonl", b'{"instruction": "x", "output": "y", "system": 3}', r"a\.jsonl:1 system: expected text, got int"),
+        (
+            "a.jsonl",
+            b'{"instruction": "x", "output": "y", "history": "z"}',
+            r":1 history: expected a list of \[question",
+        ),
+        ("a.jsonl", b'{"instruction": "x", "output": "y", "history": [["z"]]}', r":1 history: expected a list of \[qu"),
+        ("a.jsonl", b'{"instruction": "x", "output": "y", "history": [["z", 3]]}', r":1 history: .*, both text$"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}', r"a\.jsonl:2 text: holds half of a surrogate pair"),
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz:1: cannot be read: Not a gzipped file"),
         ("a.txt", b"one\n\xff\xfe\xfa", r"a\.txt:2: not UTF-8 \(byte 0xff\)"),

@@ -4,10 +4,11 @@ import re
 
 import pytest
 import small_run
+import torch
 
 from deltanet import DeltaNetConfig
 from deltanet_errors import UserError
-from distill.checks import check_teacher
+from distill.checks import check_recipe, check_student, check_teacher
 from distill.dry_run import describe
 from distill.recipe import load_recipe
 from distill.run import carry_out, distil
@@ -33,12 +34,21 @@ FAULTS = [
     (["data.sources.0={path: absent.json, kind: chat, name: talk}"], "source talk: absent.json: no such file"),
     (["data.sources.0={path: '{recipes}/demo/config.json', kind: chat}"], "source config: kind chat needs a chat"),
     (["evaluation.sources.0.kind=chat"], "source held: kind chat needs a chat template"),
+    (
+        ["evaluation.sources.0.path={recipes}/demo/../demo/text.t*"],
+        "evaluation.sources: source held: .*text.txt is the very text that the stages train on, as source text; give",
+    ),
     (["evaluation.tasks=mqrr"], "evaluation.tasks mqrr: no such task (did you mean 'mqar'?)"),
     (["data.sources.0.path=absent.txt"], "source absent: absent.txt: no such file"),
     (["logging.trackio=true"], "logging.trackio: true, but trackio is not installed"),
     (["export.push=nonsense"], "export.push: nonsense: not a repository"),
     (["deepspeed.extra={zero_optimization: {nope: 1}}"], "deepspeed.extra: DeepSpeed refuses it: "),
     (["deepspeed.extra={zero_optimization: 5}"], "deepspeed.extra: DeepSpeed refuses it: TypeError"),
+    (
+        ["deepspeed.extra={wall_clock_breakdwn: true}"],
+        "deepspeed.extra.wall_clock_breakdwn: DeepSpeed reads no such key, so it would do nothing (did you mean 'wall_"
+        "clock_breakdown'?)",
+    ),
     (
         ["stages=[{kind: distil, steps: 1}]", "teacher.cache.folder={recipes}/demo/text.txt"],
         "teacher.cache.folder .*/demo/text.txt: .*/demo/text.txt is a file, not a folder",
@@ -58,6 +68,20 @@ def test_a_fault_of_a_later_stage_or_of_the_end_stops_the_run_and_its_plan_at_on
         describe(load_recipe(recipe, overrides), tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "{wall_clock_breakdown: false, steps_per_print: 10, prescale_gradients: false, communication_data_type: fp32}",
+        "{activation_checkpointing: {profile: false}, flops_profiler: {enabled: false}, aio: {queue_depth: 8}}",
+        "{comms_logger: {enabled: false}, tensorboard: {enabled: false}, zero_optimization: {overlap_comm: true}}",
+        "{data_types: {grad_accum_dtype: fp32}, compile: {deepcompile: false}, torch_autocast: {enabled: false}}",
+    ],
+)
+def test_what_deepspeed_reads_may_be_among_its_extra_keys(extra, tmp_path):
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", tmp_path / "teacher")
+    check_recipe(load_recipe(recipe, [f"deepspeed.extra={extra}"]))
+
+
 def test_a_stage_without_the_teacher_may_go_beyond_its_range(tmp_path):
     recipe = small_run.write_recipe(tmp_path / "r.yaml", small_run.write_teacher(tmp_path / "teacher"))
     longer = ["stages.distil.seq_len=2049", "stages.distil.losses=[{name: ce}]"]
@@ -75,23 +99,20 @@ def test_a_teacher_without_a_tokenizer_is_named_before_it_is_converted(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0}  # fmt: skip
+STRETCHED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
 
-@pytest.mark.parametrize(
-    ("rope", "longest"),
-    [
-        ({"rope_type": "default"}, 64),
-        (LLAMA3, 64),
-        ({"rope_type": "linear", "factor": 2.0}, 128),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
-    ],
-)
-def test_a_sequence_may_be_as_long_as_the_teachers_rotary_embedding_reaches(rope, longest, tmp_path):
-    config = DeltaNetConfig(max_position_embeddings=64, rope_parameters={"rope_theta": 1e4} | rope)
+def test_a_sequence_may_be_as_long_as_the_teachers_rotary_embedding_reaches(tmp_path):
+    config = DeltaNetConfig(max_position_embeddings=64, rope_parameters=STRETCHED)
     recipe = small_run.write_recipe(tmp_path / "r.yaml", tmp_path / "teacher")
-    check_teacher(load_recipe(recipe, [f"data.seq_len={longest}"]), config, object())
-    with pytest.raises(UserError, match=f"data.seq_len {longest + 1}: allowed is 2 to {longest}, "):
-        check_teacher(load_recipe(recipe, [f"data.seq_len={longest + 1}"]), config, object())
+    check_teacher(load_recipe(recipe, ["data.seq_len=128"]), config, object())
+    with pytest.raises(UserError, match=r"data.seq_len 129: allowed is 2 to 128, "):
+        check_teacher(load_recipe(recipe, ["data.seq_len=129"]), config, object())
+
+
+def test_a_context_may_be_as_long_as_the_students_rotary_embedding_reaches(tmp_path):
+    config = DeltaNetConfig(max_position_embeddings=64, rope_parameters=STRETCHED)
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", tmp_path / "teacher")
+    check_student(load_recipe(recipe, ["evaluation.contexts=[128]"]), config, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"evaluation.contexts 129: allowed is 64 to 128, "):
+        check_student(load_recipe(recipe, ["evaluation.contexts=[129]"]), config, torch.device("cpu"))

@@ -9,9 +9,10 @@ import pytest
 from word_tokenizer import CHATML, QWEN3, make_tokenizer
 
 from deltanet_errors import DeltanetError, UserError
-from distill.data import BLOCK, Corpus, split, whole
+from distill.data import Corpus, split, whole
 from distill.packing import IGNORED
 from distill.schema import Source
+from distill.shares import BLOCK, dealt
 from distill.token_cache import check_same_tokenizer, tokenise, tokenizer_digest
 
 TOKENIZER = make_tokenizer(QWEN3)
@@ -286,6 +287,13 @@ def test_chats_too_long_are_cut_or_dropped_and_counted(tmp_path):
     assert (strict.dropped_documents, strict.cut_answers, strict.stop_share) == (2, 0, 1.0)
 
 
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 4.0], [0.1] * 7, [1e-9, 1.0], [3.0, 1e-3, 1e-3, 5e-3]])
+def test_a_block_is_dealt_whole_and_each_weight_gets_its_share_to_one_sequence(weights):
+    counts = dealt(weights)
+    assert sum(counts) == BLOCK
+    assert all(abs(count - weight / sum(weights) * BLOCK) < 1 for count, weight in zip(counts, weights))
+
+
 def test_nothing_to_learn_stops_before_the_first_step(tmp_path):
     tokens = chat_source(tmp_path, [(200, 3)] * 4)
     with pytest.raises(UserError, match=r"source chat: none of its 4 conversations has an answer within 64 tokens"):
@@ -293,9 +301,6 @@ def test_nothing_to_learn_stops_before_the_first_step(tmp_path):
     tokens = text_source(tmp_path, ["short"])
     with pytest.raises(UserError, match=r"source s: 6 tokens in all, fewer than one sequence of 64"):
         Corpus([whole(tokens)], seq_len=64)
-    both = [whole(text_source(tmp_path, stories(9), name)) for name in ("a", "b")]
-    with pytest.raises(UserError, match=r"source b: a weight of 0.001 is below 1/1024"):
-        Corpus(both, seq_len=16, weights=[10.0, 0.001])
 
 
 def test_every_answer_keeps_its_stop_token_though_padding_is_the_same_id(tmp_path):

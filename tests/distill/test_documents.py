@@ -97,7 +97,7 @@ def test_conversations_in_every_known_shape_are_the_same(tmp_path):
         (
             '{"messages": [{"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "f"}}]}]}',
             {"kind": "chat"},
-            r"a.jsonl:1 messages\[0\]: tool_calls are not read",
+            r"a.jsonl:1 messages\[0\] tool_calls: not read",
         ),
         (
             '{"messages": [{"role": "user", "content": "q", "weight": 0}, {"from": "gpt", "value": "a", "weight": 0}]}',

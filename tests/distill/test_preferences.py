@@ -59,6 +59,12 @@ def test_what_is_no_pair_is_refused_with_its_place(record, words):
         read_pair(record, SOURCE, "s:1")
 
 
+def test_what_stands_beside_a_pair_opens_both_of_its_conversations():
+    record = {"prompt": "q", "chosen": "g", "rejected": "b", "system": "s", "history": [["p", "a"]]}
+    opening = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "p"), ("assistant", "a"))]
+    assert read_pair(record, SOURCE, "s:1") == ([*opening, *PROMPT, GOOD], [*opening, *PROMPT, BAD])
+
+
 def tokens_of(folder, lengths):
     """Pairs with answers of these lengths; pair i asks for the letter chr(97 + i) and is answered in it."""
     rows = []

@@ -70,6 +70,11 @@ def test_defaults_by_kind_are_filled_in():
         ("    steps: 10\n", "", "r.yaml:11 stages.0: say `steps:` or `tokens:`, one of them"),
         ("steps: 10", "steps: 3\n    warmup_steps: 4", "r.yaml:13 stages.0.warmup_steps: 4 is more than the stage's 3"),
         ("steps: 10", "steps: 1\n    losses: [{name: ce}]", "r.yaml:13 stages.0.losses.0.name: 'ce' is no loss"),
+        (
+            "lr: 1e-4",
+            "losses: [{name: ce}, {name: forward_kl, temperature: 1}, {name: forward_kl, temperature: 2}]",
+            "r.yaml:15 stages.1.losses.2.name: 'forward_kl' is there twice; the metrics have one column of a name",
+        ),
         ("steps: 10", "steps: 1\n    sources: [storys]", "'storys' is no source; allowed: stories (did you mean"),
         ("lr: 1e-4", "hybrid: none", "r.yaml:15 stages.1.hybrid: a distil stage has no such key; allowed: name, kind,"),
         ("lr: 1e-4", "prompt_tokens: 4", "r.yaml:15 stages.1.prompt_tokens: a distil stage has no such key; allowed: "),
@@ -123,6 +128,24 @@ def test_the_teacher_does_not_write_the_same_text_for_training_and_for_evaluatio
         parse("", "", train, held, "evaluation.sources.0.name=teacher")
 
 
+@pytest.mark.parametrize(
+    ("source", "other", "message"),
+    [
+        (
+            "dataset: owner/texts",
+            "split: test",
+            "dataset: 'owner/texts' is the very text that the stages train on; say",
+        ),
+        ("task: mqar, documents: 9", "seed: 1", "seed: 0 is the very text that the stages train on; give it a seed"),
+    ],
+)
+def test_what_is_trained_on_is_not_held_out(source, other, message):
+    train = f"data.sources=[{{path: a.txt}}, {{name: x, {source}}}]"
+    parse("", "", train, f"evaluation.sources=[{{{source}, {other}}}]")
+    with pytest.raises(UserError, match=rf"evaluation\.sources\.0\.{message}"):
+        parse("", "", train, f"evaluation.sources=[{{{source}}}]")
+
+
 @pytest.mark.parametrize("name", ["../../evil", "a/b", ".hidden"])
 def test_the_name_of_what_the_teacher_writes_stays_in_its_folder(name):
     with pytest.raises(UserError, match=rf"data\.sources\.0\.name: got '{re.escape(name)}', but files are called so"):
@@ -135,6 +158,16 @@ def test_a_chat_has_no_prompt_where_all_of_it_is_a_target():
     parse("", "", own[1], "data.train_on=all")
     with pytest.raises(UserError, match=r"stages\.1\.kind: .* is nothing with data\.train_on all"):
         parse("", "", *own, "data.train_on=all")
+
+
+def test_a_weight_that_gets_no_sequence_of_a_stage_is_refused_with_its_source():
+    two = "data.sources=[{path: a.txt, weight: %s}, {path: b.txt, weight: 1000}]"
+    parse("", "", two % 1)
+    parse("", "", two % 0.1, "stages.0.sources=[a]", "stages.1.sources=[b]")
+    with pytest.raises(
+        UserError, match=r"data\.sources\.0\.weight: 0\.1 is below 1/1024 of what stage distil reads, which"
+    ):
+        parse("", "", two % 0.1, "stages.0.sources=[a]")
 
 
 def test_the_first_mistake_of_several_is_told_with_their_number():

@@ -1,6 +1,7 @@
 """`deltanet-eval` on the command line."""
 
 import json
+import os
 
 import pytest
 from eval_subjects import TEXT
@@ -108,3 +109,21 @@ def test_a_failed_write_leaves_the_former_report(tmp_path, monkeypatch):
         write_reports(tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
     assert (tmp_path / "evaluation.json").read_text() == "old"
+
+
+def test_what_a_killed_process_left_goes_with_the_next_report(tmp_path, monkeypatch):
+    import distill.evaluation.command as command
+
+    monkeypatch.setattr(command, "markdown", lambda report: "new")
+    monkeypatch.setattr(command, "page", lambda report: "new")
+    child = os.fork()
+    if not child:
+        command.os.replace = lambda *_: os._exit(9)
+        try:
+            write_reports(tmp_path, {})
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert list(tmp_path.iterdir())
+    write_reports(tmp_path, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.html", "evaluation.json", "evaluation.md"]

@@ -1,5 +1,6 @@
 """What is loaded to be measured, and what is refused."""
 
+import json
 import shutil
 
 import pytest
@@ -23,6 +24,15 @@ def test_a_student_and_a_plain_transformer_are_told_apart(teacher, student):
 
 def test_a_lower_precision_is_taken_only_when_asked_for_on_a_cpu(folders):
     assert load_subject(folders[1], device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_text_may_be_as_long_as_the_rotary_embedding_reaches(folders, tmp_path):
+    for index, folder in enumerate(folders):
+        shutil.copytree(folder, tmp_path / str(index))
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"] |= {"rope_type": "linear", "factor": 4.0}
+        (tmp_path / str(index) / "config.json").write_text(json.dumps(config))
+        assert load_subject(tmp_path / str(index), device="cpu").max_context == 4 * RANGE
 
 
 def test_a_missing_folder_is_named():
