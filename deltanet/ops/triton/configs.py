@@ -12,6 +12,8 @@ CHUNK = 16
 """Tokens of a chunk: the smallest tensor-core tile, so that C x C work stays small beside the state's."""
 ANCHOR = 256
 """Tokens between two exact <S, dS> of the gate's gradient; segments are multiples of it when there is a gate."""
+DECAY_HEADS = 32
+"""Heads that a program of decay_kernel takes, however many there are, so that it is not compiled anew."""
 LARGEST_WHOLE = {True: 64 * 64, False: 32 * 32}
 """The largest state that one program of the backward owns, in half precision and not."""
 
@@ -99,6 +101,12 @@ def next_power_of_two(n: int) -> int:
 def padded(size: int) -> int:
     """The tile that holds a head of this size: the next power of two, at least 16."""
     return max(16, next_power_of_two(size))
+
+
+def gate_heads(K: int) -> int:
+    """Heads that a program of gate_kernel takes, however many there are: 32 bytes of every token; with eight of the
+    widest it would spill 912 bytes."""
+    return 8 if padded(K) <= 128 else 4
 
 
 def place(kernel: str, K: int, V: int, is_gated: bool, half: bool) -> tuple[dict[int, Config], int]:

@@ -15,12 +15,13 @@ from .backward import key_kernel, query_kernel, write_kernel
 from .configs import (
     ANCHOR,
     CHUNK,
+    DECAY_HEADS,
     INVERSE,
     LARGEST_WHOLE,
     Config,
     choose,
+    gate_heads,
     group_block,
-    next_power_of_two,
     padded,
     segments,
 )  # fmt: skip
@@ -188,10 +189,9 @@ def chunk_decays(c: Case, g, cu_seqlens):
     if not c.is_gated:
         return None
     decays = torch.empty(c.num_decays, dtype=torch.float32, device=g.device)
-    BH = min(next_power_of_two(c.H), 32)
     parts = min(ceil_div(c.T, ANCHOR), 64)
-    decay_kernel[(c.documents * ceil_div(c.H, BH), parts)](
-        g, decays, cu_seqlens, c.T, c.H, BH=BH, C=CHUNK, STEP=ANCHOR, VARLEN=c.is_packed, num_warps=4
+    decay_kernel[(c.documents * ceil_div(c.H, DECAY_HEADS), parts)](
+        g, decays, cu_seqlens, c.T, c.H, BH=DECAY_HEADS, C=CHUNK, STEP=ANCHOR, VARLEN=c.is_packed, num_warps=4
     )
     return decays
 
@@ -303,7 +303,7 @@ def backward(
     dg = None
     if c.is_gated:
         dg = torch.empty_like(g)
-        BH = min(next_power_of_two(H), 8)  # 32 bytes of every token
+        BH = gate_heads(c.K)
         parts = min(ceil_div(ceil_div(T, n), ANCHOR), 64)
         gate_kernel[(c.documents * ceil_div(H, BH), n, parts)](
             g, pairs, z, y, edges, dg, cu_seqlens, shift, most, scale, T, H, n, heads, part, edge_part,

@@ -62,6 +62,42 @@ for case in {cases}:
 print("WORST", worst, most)
 """
 
+VARIANTS = """
+import sys
+sys.path.insert(0, {here!r})
+import torch
+from aot import recorded, typed
+from deltanet.ops.triton import launch
+
+launch.card = lambda device: (9, 132)
+
+def compiled(B, T, H):
+    q, k, v = (torch.zeros(B, T, H, 64, dtype=torch.bfloat16) for _ in range(3))
+    beta, g = torch.zeros(B, T, H, dtype=torch.bfloat16), torch.zeros(B, T, H) if {gated} else None
+    c = launch.case(q, k, v, g, None, False)
+    with recorded() as launches:
+        o, final, x, shift, starts, *kept = launch.forward(c, q, k, v, beta, g, None, None, 0.1, True)
+        launch.backward(c, q, k, v, beta, g, x, shift, starts, *kept, o, final, None, 0.1, True)
+    return c.segments > 1, {{compiled_as(kernel, arguments, options) for kernel, arguments, options in launches}}
+
+def compiled_as(kernel, arguments, options):
+    '''What Triton compiles a launch by: constants, types, and which free numbers are 1 or multiples of 16.'''
+    def of(parameter):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            return str(value)
+        if isinstance(value, int) and not parameter.do_not_specialize:
+            return (value == 1, value % 16 == 0)
+        return typed(value)
+    return kernel.__name__, tuple(map(of, kernel.params)), str(options)
+
+seen = {{}}
+for shape in [(2, 512, 4), (3, 500, 4), (5, 77, 8), (5, 600, 33), (1, 1000, 6), (1, 9000, 5), (2, 2001, 1)]:
+    cut, kernels = compiled(*shape)
+    assert seen.setdefault(cut, kernels) == kernels, (shape, seen[cut] ^ kernels)
+print("SETS", *(len(seen[cut]) for cut in (False, True)))
+"""
+
 BF16, FP32 = "torch.bfloat16", "torch.float32"
 
 
@@ -104,3 +140,12 @@ def test_common_entries_compile_for_other_cards(capability, gated):
 @pytest.mark.parametrize("gated", [False, True])
 def test_wide_grouped_heads_fit_the_shared_memory_of_smaller_cards(gated):
     assert built(89, [(128, 128, 4, BF16, gated, False, False, 1)])[1] <= LEAST_SHARED
+
+
+@pytest.mark.parametrize(("gated", "sets"), [(False, "6 12"), (True, "8 14")])
+def test_no_shape_compiles_anew_but_the_first_that_is_cut_into_segments(gated, sets):
+    program = VARIANTS.format(here=str(HERE), gated=gated)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("SETS")[1].split() == sets.split()
