@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deltanet.config import max_context
 from deltanet.modeling import CACHE
 from deltanet_errors import UserError, one_line
 
@@ -50,13 +51,13 @@ def calibration_text(
     """
     if tokens is None:
         tokens = MOST_TOKENS if teacher is None else enough_tokens(teacher.config)
-    length = min(length, teacher.config.max_position_embeddings) if teacher is not None else length
+    length = min(length, max_context(teacher.config)) if teacher is not None else length
     share = max(-(-tokens // (length * len(sources))), 1)
     aside = max(held_out_tokens // (length * (1 if held_out else len(sources))), 1)
     if length < SHORTEST:
         raise UserError(
-            f"max_position_embeddings is {length}, and calibration needs windows of {SHORTEST} tokens or more; "
-            "use --calibrate none"
+            f"the teacher reaches {length} tokens (max_position_embeddings), and calibration needs windows of "
+            f"{SHORTEST} tokens or more; use --calibrate none"
         )
     check_sources(sources, held_out, tokenizer)
 

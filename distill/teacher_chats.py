@@ -13,6 +13,7 @@ import torch
 from convert.text_files import Messages
 from convert.tokens import num_ids
 from deltanet import DeltaNetForCausalLM
+from deltanet.config import max_context
 from deltanet_errors import UserError
 
 from .chat import encode_chat
@@ -46,7 +47,7 @@ def write_chats(
     limit = min(teacher.config.vocab_size, num_ids(tokenizer))
     words = [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64) for text in openings or [""]]
     given = [words[row % len(words)] for row in range(count)]
-    room = teacher.config.max_position_embeddings - len(start) - max(map(len, words))
+    room = max_context(teacher.config) - len(start) - max(map(len, words))
     if room < 2:
         return []
     longest = min(QUESTION, room // 2)
@@ -60,7 +61,7 @@ def write_chats(
     chats = [[{"role": "user", "content": text}] for text in questions]
     prompts = [_render(chat, tokenizer, prompt=True) for chat in chats]
     prompts = [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64) for text in prompts]
-    left = teacher.config.max_position_embeddings - max(map(len, prompts))
+    left = max_context(teacher.config) - max(map(len, prompts))
     if left < 1:
         return []
     answers = _write(teacher, prompts, (key, 1), min(length - longest, left), stop_ids, limit, top_p)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from convert.text import document_start, render_chat, write_text
+from deltanet.config import max_context
 from deltanet_errors import DeltanetError, UserError, one_line
 
 from .order import hashed
@@ -123,7 +124,7 @@ def _length(source: Source, seq_len: int) -> int:
 
 def _shape(teacher, source: Source, seq_len: int) -> tuple[int, int]:
     """(rows, tokens of each) of a portion."""
-    length = min(_length(source, seq_len), teacher.config.max_position_embeddings)
+    length = min(_length(source, seq_len), max_context(teacher.config))
     if teacher.device.type != "cuda":
         return max(PORTION // length, 1), length
     config = teacher.config
