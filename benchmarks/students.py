@@ -4,11 +4,12 @@
 
 TABLE.yaml (benchmarks/tables/) names a recipe, the texts and tasks to measure on, and for every row the keys of the
 recipe that it changes; KEY.PATH=VALUE changes the recipe of every row first (teacher.model=FOLDER). What the teacher
-writes and the tokens are made once, in OUT/written and OUT/tokens, for all rows, and so is what it gets in the tasks,
-in OUT/teacher. A row that is in OUT already is not run again; one that fails is told, the others go on. Results:
-OUT/ROW/eval/TEXT, OUT/ROW/tasks, OUT/students.md; and OUT/curves.md where the table has `curve`: the numbers of tokens
-after which it tells how held-out text was measured (evaluation.every_steps of the recipe). Since its rows stand in one
-table, an OUT keeps the recipe, the teacher and the overrides it was begun with.
+writes and the tokens are made once, in OUT/written and OUT/tokens, for all rows; so is what it gets in the tasks, in
+OUT/teacher, and a student that several rows begin with, in OUT/converted. A row that is in OUT already is not run
+again; one that fails is told, the others go on. Results: OUT/ROW/eval/TEXT, OUT/ROW/tasks, OUT/students.md; and
+OUT/curves.md where the table has `curve`: the numbers of tokens after which it tells how held-out text was measured
+(evaluation.every_steps of the recipe). Since its rows stand in one table, an OUT keeps the recipe, the teacher and the
+overrides it was begun with.
 
 Rows are shared out over the GPUs there are (CUDA_VISIBLE_DEVICES). Small models leave a GPU waiting for their process,
 so several rows at once on each (--jobs) take less time in all, and less again where `nvidia-cuda-mps-control -d` was
@@ -16,6 +17,7 @@ started before (docs/results/students.md).
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -45,20 +48,21 @@ from distill.teacher_text import written_source
 
 SHARED = ("written", "tokens")
 """Folders of a run that depend on the teacher and the data alone."""
-TEACHER = "teacher"
+TEACHER, CONVERTED = "teacher", "converted"
 NOTE = "made_of.json"
 NEAR = 0.05
 """How far, relatively, a point of a curve may be from the number of tokens it stands for: steps are whole."""
 RUNNING: set[subprocess.Popen] = set()
 STARTING = threading.Lock()
+CONVERTING: dict[Path, threading.Lock] = defaultdict(threading.Lock)
 PLACE = threading.local()
 """`PLACE.environment`: of the commands that a thread runs, what of the environment says which GPU they see."""
 
 
 def _as_row_name(name: str) -> str:
     """A row's folder stands in OUT beside others."""
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in (TEACHER, *SHARED):
-        others = ", ".join((TEACHER, *SHARED))
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in (TEACHER, CONVERTED, *SHARED):
+        others = ", ".join((TEACHER, CONVERTED, *SHARED))
         raise ValueError(f"{name!r} names no row; allowed: letters, digits, '-', '_', '.' inside, and not {others}")
     return name
 
@@ -176,6 +180,24 @@ def measure_tasks(model: str, table: dict, folder: Path) -> bool:
     return call("eval_main", arguments, folder / "eval.log")
 
 
+def begin(recipe: Recipe, folder: Path, log: Path) -> Path | None:
+    """The student that a row's recipe converts, made in `folder` by the first row that needs it; None where it cannot
+    be made."""
+    options = recipe.student.convert.model_dump(exclude_none=True)
+    digest = hashlib.sha256(json.dumps([recipe.teacher.model, recipe.teacher.revision, options]).encode())
+    student = folder / digest.hexdigest()[:16]
+    with CONVERTING[student]:
+        if not student.is_dir():
+            revision = {} if recipe.teacher.revision is None else {"revision": recipe.teacher.revision}
+            arguments = [recipe.teacher.model, "-o", str(student)]
+            for name, value in (options | revision).items():
+                values = value if isinstance(value, list | tuple) else [value]
+                arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
+            if not call("convert_main", arguments, log):
+                return None
+    return student
+
+
 def run(row: dict | None, table: dict, overrides: list[str], folder: Path, teacher: str) -> str | None:
     """Distils one row into `folder` and measures it; returns what failed, if anything did."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
@@ -186,6 +208,12 @@ def run(row: dict | None, table: dict, overrides: list[str], folder: Path, teach
     began = time.monotonic()
     if not (folder / "run" / "export").is_dir():
         arguments = [table["recipe"], *overrides, *row_keys(row), "-o", str(folder / "run")]
+        recipe = load_recipe(table["recipe"], arguments[1:-2])
+        if recipe.student.convert is not None and recipe.student.model is None:
+            student = begin(recipe, folder.parent / CONVERTED, folder / "convert.log")
+            if student is None:
+                return "conversion"
+            arguments += ["student.convert=null", f"student.model={student}"]
         if not call("distill_main", arguments, folder / "distill.log"):
             return "distillation"
     seconds = time.monotonic() - began

@@ -53,7 +53,7 @@ def test_rows_are_measured_and_the_teacher_once(tmp_path, calls):
         assert students.run(row, table, [], out / name, teacher) is None
     evaluated = [arguments[0] for main, arguments in calls if main == "eval_main" and "needle" in arguments]
     assert evaluated == [teacher, *(str(out / name / "run" / "export") for name in rows)]
-    assert len(calls) == 1 + 3 * len(rows)
+    assert [main for main, _ in calls] == ["eval_main", *["convert_main", "distill_main", "eval_main", "eval_main"] * 2]
 
     students.write_table(list(rows), table, out)
     header, _, *lines = (out / "students.md").read_text().splitlines()
@@ -87,6 +87,29 @@ def test_rows_are_measured_and_the_teacher_once(tmp_path, calls):
     assert shown[0] == "| row | 0 tokens | 256 tokens | 999 tokens |"
     assert shown[2] == f"| often | {' | '.join(f'{ratio:.4f}x, KL {kl:.4f}' for _, ratio, kl in points[:2])} |  |"
     assert shown[3].endswith(" |  |  |")
+
+
+def test_rows_that_begin_alike_share_one_conversion_and_others_have_their_own(tmp_path, monkeypatch):
+    made = []
+
+    def call(main, arguments, log):
+        made.append(arguments)
+        Path(arguments[2]).mkdir(parents=True)
+        return True
+
+    monkeypatch.setattr(students, "call", call)
+    keys = ["student.convert.calibrate=[a.txt, self]", "student.convert.skip_conv=2"]
+    rows = [[], ["stages.1.lr=1e-3", "data.repeats=0.5"], ["student.convert.hybrid=none"], ["teacher.revision=abc"]]
+    recipes = [load_recipe("quickstart.yaml", ["teacher.model=demo", *keys, *row]) for row in rows]
+    folders = [students.begin(recipe, tmp_path, tmp_path / "log") for recipe in recipes]
+    assert folders[0] == folders[1]
+    assert len({*folders}) == len(made) == 3
+    first = made[0]
+    assert first[:3] == ["demo", "-o", str(folders[0])]
+    assert first[first.index("--calibrate") + 1 :][:2] == ["a.txt", "self"]
+    assert first[first.index("--skip-conv") + 1] == "2"
+    assert made[2][-2:] == ["--revision", "abc"]
+    assert cli.convert_main([*first[:2], str(tmp_path / "new"), *first[3:], "--calibrate", "none", "--dry-run"]) == 0
 
 
 def test_a_curve_tells_only_what_was_measured_near():
