@@ -228,7 +228,7 @@ def read_chat(record: object, place: str, field: str | None = None) -> Messages:
         asked = [part for part in (turns, record.get("input")) if part]
         question = "\n".join(asked) if all(isinstance(part, str) for part in asked) else None
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": record[keys[1]]}]
-    return _opened(_turns(turns, f"{place} {keys[0]}"), record, place)
+    return _opened(_turns(turns, f"{place} {keys[0]}"), record, place, keys)
 
 
 def read_answer(record: dict, place: str, key: str, field: str | None = None) -> Messages:
@@ -249,18 +249,20 @@ def read_answer(record: dict, place: str, key: str, field: str | None = None) ->
         raise UserError(f"{place} {key}: expected a prompt and then the assistant's answer")
     if turns[-2]["role"] == "assistant":
         raise UserError(f"{place} {key}: the prompt ends with the assistant; it must end with what is answered")
-    return _opened(turns, record, place)
+    return _opened(turns, record, place, asked or ())
 
 
-def _opened(turns: Messages, record: dict, place: str) -> Messages:
+def _opened(turns: Messages, record: dict, place: str, read: Sequence[str]) -> Messages:
     """The turns after what their record says beside them: its `system` in front, then its `history`, a list of
-    [question, answer]. Raises UserError where they cannot stand there, and where it lists tools."""
+    [question, answer]; keys that the turns were `read` from are not beside them. Raises UserError where they cannot
+    stand there, and where it lists tools."""
+    beside = {key: value for key, value in record.items() if key not in read and not _is_empty(value)}
     for key in TOOLS:
-        if record.get(key) not in (None, "", "[]", [], {}):
+        if key in beside:
             raise UserError(f"{place} {key}: not read; write the tools into a system turn, as the chat template would")
     opening = turns[:1] if turns[0]["role"] == "system" else []
-    turns, system, history = turns[len(opening) :], record.get("system"), record.get("history") or []
-    if system:
+    turns, system, history = turns[len(opening) :], beside.get("system"), beside.get("history", [])
+    if system is not None:
         if not isinstance(system, str):
             raise UserError(f"{place} system: expected text, got {type(system).__name__}")
         own = [{"role": "system", "content": encodable(system, f"{place} system")}]
@@ -273,6 +275,11 @@ def _opened(turns: Messages, record: dict, place: str) -> Messages:
     said = [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
     earlier = [{"role": role, "content": encodable(text, f"{place} history")} for role, text in said]
     return opening + earlier + turns
+
+
+def _is_empty(value: object) -> bool:
+    """Whether nothing is said: also by a text of spaces, or by one that is an empty list or object in JSON."""
+    return not value or (isinstance(value, str) and value.strip() in ("", "[]", "[ ]", "{}", "null"))
 
 
 def _turns(turns: object, where: str, said_by: str | None = None) -> Messages:

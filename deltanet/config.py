@@ -5,6 +5,7 @@ A teacher is the same decoder with no `linear_attention` layer. The model that r
 """
 
 import math
+import sys
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -59,9 +60,10 @@ def refuse_rotary(settings: dict, where: str) -> None:
 
 
 def max_context(config: PreTrainedConfig) -> int:
-    """Tokens of the longest text that the positions of a decoder, ours or another, allow. Of two kinds of RoPE
-    max_position_embeddings may be what the factor is yet to stretch."""
-    longest, rope = config.max_position_embeddings, getattr(config, "rope_parameters", None) or {}
+    """Tokens of the longest text that the positions of a decoder, ours or another, allow; of one that tells none, any.
+    Of two kinds of RoPE max_position_embeddings may be what the factor is yet to stretch."""
+    longest = getattr(config, "max_position_embeddings", sys.maxsize)
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("linear", "yarn"):
         longest = max(longest, int(rope["factor"] * (rope.get("original_max_position_embeddings") or longest)))
     return longest

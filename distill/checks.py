@@ -46,8 +46,7 @@ def check_teacher(recipe: Recipe, config: DeltaNetConfig, tokenizer) -> None:
     for key, length in lengths.items():
         if length > longest:
             raise UserError(
-                f"{key} {length}: allowed is 2 to {longest}, the range of the teacher {recipe.teacher.model} "
-                "(max_position_embeddings)"
+                f"{key} {length}: allowed is 2 to {longest}, the range of the teacher {recipe.teacher.model}"
             )
     for source in (*recipe.data.sources, *recipe.evaluation.sources):
         if source.kind in ("chat", "preference") and not tokenizer.chat_template:

@@ -10,20 +10,24 @@ from deltanet_errors import UserError
 
 from .documents import find_files
 from .output import check_folder
+from .recipe_rules import trained_sources
 from .schema import Recipe
 
 
 def check_paths(recipe: Recipe) -> None:
     """Raises UserError for a source whose files are not there or none that can be read, for a file to be measured on
     that is trained on too, and where the folder of the teacher's cache cannot be written."""
-    trained = {file.resolve(): source.name for source in recipe.data.sources for file in find_files(source)}
+    files = {source.name: find_files(source) for source in recipe.data.sources}
+    read = trained_sources(recipe)
+    trained = {(file.resolve(), source.field): source.name for source in read for file in files[source.name]}
     for source in recipe.evaluation.sources:
         for file in find_files(source):
-            if file.resolve() in trained:
+            other = trained.get((file.resolve(), source.field))
+            if other is not None:
                 raise UserError(
                     f"evaluation.sources: source {source.name}: {file} is the very text that the stages train on, as "
-                    f"source {trained[file.resolve()]}; give it text of its own, or leave evaluation.sources out, and "
-                    "data.held_out keeps a part of every source"
+                    f"source {other}; give it text of its own, or leave evaluation.sources out, and data.held_out "
+                    "keeps a part of every source"
                 )
     if recipe.teacher is not None and recipe.teacher.cache is not None and recipe.teacher.cache.folder is not None:
         check_folder(Path(recipe.teacher.cache.folder), "teacher.cache.folder")

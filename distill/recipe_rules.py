@@ -23,6 +23,8 @@ _OWNED = {
     "scheduler": "stages.N.schedule",
     "bf16": "training.dtype",
     "fp16": "training.dtype",
+    "data_parallel_size": "the number of processes",
+    "sequence_parallel_size": "the number of processes, each of which reads whole sequences",
     "zero_optimization.stage": "deepspeed.stage",
     "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
     "zero_optimization.offload_param": "deepspeed.offload_parameters",
@@ -39,6 +41,12 @@ _REMEDY = {
 def stage_sources(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
     """The names of the sources a stage reads: those it says, else all that it can read."""
     return stage.sources or tuple(source.name for source in recipe.data.sources if _reads(stage, source))
+
+
+def trained_sources(recipe: Recipe) -> list[Source]:
+    """Those that a stage reads."""
+    names = {name for stage in recipe.stages for name in stage_sources(recipe, stage)}
+    return [source for source in recipe.data.sources if source.name in names]
 
 
 def is_sharded(recipe: Recipe, num_processes: int, zero: int | None = None) -> bool:
@@ -81,7 +89,8 @@ def broken_rules(recipe: Recipe) -> Broken:
             for key in ("config", "revision", "split") if source.dataset is None else ():
                 if getattr(source, key) != Source.model_fields[key].default:
                     yield (*path, key), f"`{key}:` belongs to `dataset:`"
-    trained = [_text_of(source) for source in recipe.data.sources]
+    yield from _check_written(recipe)
+    trained = [_text_of(source) for source in trained_sources(recipe)]
     for index, source in enumerate(recipe.evaluation.sources):
         if (text := _text_of(source)) is not None and text in trained:
             key, remedy = _REMEDY[text[0]]
@@ -188,8 +197,21 @@ def _text_of(source: Source) -> tuple | None:
     if source.from_teacher is not None:
         return "from_teacher", source.name
     if source.dataset is not None:
-        return "dataset", source.dataset, source.config, source.split, source.revision
+        return "dataset", source.dataset, source.config, source.split, source.revision, source.field
     return None if source.task is None else ("task", source.task, source.options, source.seed)
+
+
+def _check_written(recipe: Recipe) -> Broken:
+    """No two sources of other names are written into the same files."""
+    seen: dict[str, str] = {}
+    for part, sources in (("data", recipe.data.sources), ("evaluation", recipe.evaluation.sources)):
+        for index, source in enumerate(sources):
+            if source.from_teacher is None:
+                continue
+            other = seen.setdefault(source.written_as, source.name)
+            if other != source.name:
+                what = f"its files would be called {source.written_as}, as those of {other!r}; give it another name"
+                yield (part, "sources", index, "name"), what
 
 
 def _check_weights(recipe: Recipe) -> Broken:

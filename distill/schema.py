@@ -176,6 +176,11 @@ class Source(Section):
     weight: float | None = Field(None, gt=0, description="share of the sequences; None: by its number of sequences")
     max_documents: int | None = Field(None, gt=0)
 
+    @property
+    def written_as(self) -> str:
+        """What the files are called that the teacher writes."""
+        return self.name if self.top_p == 1 else f"{self.name}-top-{self.top_p:g}"
+
 
 class Data(Section):
     sources: Many[Source] = Field((), description="where the text comes from")

@@ -38,21 +38,21 @@ def write_chats(
 ) -> list[dict]:
     """Of `count` chats those worth keeping, each `messages` (a question, an answer) and `tokens` (of the whole chat).
 
-    A question has at most QUESTION tokens and begins with the words of one of `openings`, which take turns; an answer
-    has what is left of `length`. The same key, teacher, length, top_p (`convert.text.nucleus`) and openings write the
-    same. A turn for which `is_dull` holds is dropped with its chat. Raises UserError where the tokenizer has no chat
-    template or the template none that can be begun.
+    A question has at most QUESTION tokens after the words of one of `openings`, which take turns; an answer has what
+    the longest of the questions leaves of `length`, the tokens of a chat at most. The same key, teacher, length, top_p
+    (`convert.text.nucleus`) and openings write the same. A turn for which `is_dull` holds is dropped with its chat.
+    Raises UserError where the tokenizer has no chat template or the template none that can be begun.
     """
     start, end = _user_turn(tokenizer)
     limit = min(teacher.config.vocab_size, num_ids(tokenizer))
     words = [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64) for text in openings or [""]]
     given = [words[row % len(words)] for row in range(count)]
-    room = max_context(teacher.config) - len(start) - max(map(len, words))
+    length = min(length, max_context(teacher.config))
+    room = length - len(start) - max(map(len, words))
     if room < 2:
         return []
-    longest = min(QUESTION, room // 2)
     prompts = [np.concatenate([start, first]) for first in given]
-    asked = _write(teacher, prompts, (key, 0), longest, {*stop_ids, end}, limit, top_p)
+    asked = _write(teacher, prompts, (key, 0), min(QUESTION, room // 2), {*stop_ids, end}, limit, top_p)
     asked = [np.concatenate([first, ids]) for first, ids in zip(given, asked)]
     questions = [_turn(ids, {*stop_ids, end}, tokenizer) for ids in asked]
     questions = [text for text in questions if text is not None and not is_dull(text)]
@@ -61,10 +61,10 @@ def write_chats(
     chats = [[{"role": "user", "content": text}] for text in questions]
     prompts = [_render(chat, tokenizer, prompt=True) for chat in chats]
     prompts = [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64) for text in prompts]
-    left = max_context(teacher.config) - max(map(len, prompts))
+    left = length - max(map(len, prompts))
     if left < 1:
         return []
-    answers = _write(teacher, prompts, (key, 1), min(length - longest, left), stop_ids, limit, top_p)
+    answers = _write(teacher, prompts, (key, 1), left, stop_ids, limit, top_p)
     kept = []
     for chat, ids in zip(chats, answers):
         text = _turn(ids, stop_ids, tokenizer)
@@ -75,7 +75,8 @@ def write_chats(
             ids, _ = encode_chat(messages, tokenizer, stop_ids, "assistant", "")
         except UserError:  # the template shows such an answer otherwise than it was written
             continue
-        kept.append({"messages": messages, "tokens": len(ids)})
+        if len(ids) <= length:
+            kept.append({"messages": messages, "tokens": len(ids)})
     return kept
 
 

@@ -61,14 +61,15 @@ def written_source(
     files: list[str] = []
     seen: set[bytes] = set()
     tokens, empty = 0, 0
-    stem = source.name if source.top_p == 1 else f"{source.name}-top-{source.top_p:g}"
+    stem = source.written_as
+    _check_openings(source, tokenizer, _shape(teacher, source, seq_len)[1])
     _check_made_of(folder, stem, _made_of(source, teacher, seed, seq_len))
     own = () if source.name == USUAL_NAME else (zlib.crc32(source.name.encode()),)
     while tokens < source.from_teacher:
         file = folder / f"{stem}-{len(files):04}.jsonl"
         if not file.is_file():
             key = int(hashed(seed, *own, len(files))[0]) >> 1
-            _store(file, _portion(source, teacher, tokenizer, key, seq_len), seen)
+            _store(file, _portion(source, teacher, tokenizer, key, seq_len, len(files)), seen)
         files.append(str(file))
         found = _read(file, seen)
         tokens, empty = tokens + found, 0 if found else empty + 1
@@ -134,16 +135,29 @@ def _shape(teacher, source: Source, seq_len: int) -> tuple[int, int]:
     return max(min(ROWS, int(room // row)), 1), length
 
 
-def _portion(source: Source, teacher, tokenizer, key: int, seq_len: int) -> list[dict]:
+def _check_openings(source: Source, tokenizer, length: int) -> None:
+    """Raises UserError for an opening that leaves little of a row of `length` tokens, or has the template's marks."""
+    for text in source.openings:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        said, most = f"source {source.name}: openings: {text[:40]!r}", length // 4
+        if not text.strip() or not set(ids).isdisjoint(tokenizer.all_special_ids):
+            raise UserError(f"{said}: allowed are plain words, without special tokens")
+        if len(ids) > most:
+            raise UserError(f"{said}: {len(ids)} tokens; allowed are {most}, a quarter of what is written at once")
+
+
+def _portion(source: Source, teacher, tokenizer, key: int, seq_len: int, index: int) -> list[dict]:
     count, length = _shape(teacher, source, seq_len)
-    how = {"top_p": source.top_p, "openings": source.openings}
+    turn = index * count % max(len(source.openings), 1)  # the openings take turns over all portions
+    how = {"top_p": source.top_p, "openings": source.openings[turn:] + source.openings[:turn]}
     if source.kind == "chat":
         ends = teacher.config.eos_token_id
         stop_ids = {*([ends] if isinstance(ends, int) else ends or []), tokenizer.eos_token_id} - {None}
         return write_chats(teacher, tokenizer, count, length, key, stop_ids=stop_ids, is_dull=repeats, **how)
     rows = write_text(teacher, tokenizer, count, length, key, batch=count, **how).numpy()
     marks = _document_marks(tokenizer)
-    return [document for row in rows for document in _documents(row, tokenizer, marks)]
+    most = 1 if source.openings else None  # what follows the first document of a row begins as it likes
+    return [document for row in rows for document in _documents(row, tokenizer, marks, most)]
 
 
 def _document_marks(tokenizer) -> list[int]:
@@ -157,11 +171,12 @@ def _document_marks(tokenizer) -> list[int]:
     return sorted(marks)
 
 
-def _documents(row: np.ndarray, tokenizer, marks: list[int]) -> list[dict]:
-    """The documents of a row that are worth keeping, without the marks between them."""
+def _documents(row: np.ndarray, tokenizer, marks: list[int], most: int | None = None) -> list[dict]:
+    """The documents of a row that are worth keeping, of the first `most`, without the marks between them."""
     kept = []
-    for ids in np.split(row, np.flatnonzero(np.isin(row, marks))):
-        ids = ids[1:] if len(ids) and ids[0] in marks else ids
+    parts = [ids for ids in np.split(row, np.flatnonzero(np.isin(row, marks))) if len(ids)]
+    for ids in parts[:most]:
+        ids = ids[1:] if ids[0] in marks else ids
         text = tokenizer.decode(ids.tolist())
         if len(ids) >= SHORTEST and not repeats(text):
             kept.append({"text": text, "tokens": len(ids)})

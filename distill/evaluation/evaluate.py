@@ -77,10 +77,7 @@ def evaluate(
                 task.check(subject, limit)
     contexts = check_contexts(contexts, longest, mine.device)
     if task_context is not None and not 1 <= task_context <= longest:
-        raise UserError(
-            f"--task-context {task_context}: allowed is 1 to {longest}, the range of the model "
-            "(max_position_embeddings)"
-        )
+        raise UserError(f"--task-context {task_context}: allowed is 1 to {longest}, the range of the model")
     windows = None
     if text != NONE:
         writer = mine if other is None else other
@@ -228,10 +225,7 @@ def check_contexts(
         return tuple(fitting or [longest] * (longest > DECODED))
     for context in contexts:
         if not SHORTEST_CONTEXT <= context <= longest:
-            raise UserError(
-                f"{option} {context}: allowed is {SHORTEST_CONTEXT} to {longest}, the range of the model "
-                "(max_position_embeddings)"
-            )
+            raise UserError(f"{option} {context}: allowed is {SHORTEST_CONTEXT} to {longest}, the range of the model")
     return tuple(sorted(set(contexts)))
 
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from convert.text_files import read_documents, read_file
+from convert.text_files import read_chat, read_documents, read_file
 from deltanet import UserError
 
 CHAT = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A fox."}]
@@ -71,6 +71,16 @@ def test_rows_of_every_kind_are_read(tmp_path, row, expected, suffix):
     content = json.dumps([row, row]) if ".jsonl" not in suffix else f"{json.dumps(row)}\n\n{json.dumps(row)}\n"
     path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
     assert read_documents(path) == [expected, expected]
+
+
+@pytest.mark.parametrize("field", ["history", "system"])
+def test_the_key_that_is_named_as_the_chat_is_not_read_beside_it(field):
+    assert read_chat({field: CHAT}, "here", field) == CHAT
+
+
+@pytest.mark.parametrize("tools", [None, False, [], {}, "", "[ ]", "[]\n", "{}", "null"])
+def test_no_tools_are_no_fault(tools):
+    assert read_chat({"messages": CHAT, "tools": tools, "system": "  "}, "here") == CHAT
 
 
 def test_dates_beyond_python_beside_a_text_do_no_harm(tmp_path):

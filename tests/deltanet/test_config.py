@@ -1,7 +1,7 @@
 """What a configuration says of a model beyond its sizes."""
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from deltanet import DeltaNetConfig
 from deltanet.config import max_context
@@ -27,4 +27,5 @@ def test_a_text_may_be_as_long_as_the_rotary_embedding_reaches(kind, rope, longe
 
 def test_without_a_rotary_embedding_a_text_may_be_as_long_as_there_are_positions():
     assert max_context(DeltaNetConfig(max_position_embeddings=64, rope_parameters=None)) == 64
+    assert max_context(MambaConfig()) > 2**40  # tells no range
     assert max_context(GPT2Config(n_positions=64)) == 64

@@ -146,6 +146,26 @@ def test_what_is_trained_on_is_not_held_out(source, other, message):
         parse("", "", train, f"evaluation.sources=[{{{source}}}]")
 
 
+def test_a_source_that_no_stage_reads_or_another_field_of_one_may_be_measured_on():
+    train = "data.sources=[{name: a, path: a.txt}, {name: b, task: mqar, documents: 9}, {dataset: o/t, field: de}]"
+    stage = "stages=[{kind: distil, steps: 1, sources: [a, t]}]"
+    parse("", "", train, stage, "evaluation.sources=[{task: mqar, documents: 9}, {dataset: o/t, field: en}]")
+
+
+def test_sources_of_two_names_are_not_written_into_the_same_files():
+    two = "data.sources=[{from_teacher: 5, name: x, top_p: 0.9}, {from_teacher: 5, name: %s}]"
+    parse("", "", two % "x-top-0.95")
+    with pytest.raises(
+        UserError, match=r"sources\.1\.name: its files would be called x-top-0\.9, as those of 'x'; give"
+    ):
+        parse("", "", two % "x-top-0.9")
+
+
+def test_sequences_are_not_parted_over_processes():
+    with pytest.raises(UserError, match=r"extra\.sequence_parallel_size: decided by the number of processes, each of"):
+        parse("", "", "deepspeed.extra={sequence_parallel_size: 2}")
+
+
 @pytest.mark.parametrize("name", ["../../evil", "a/b", ".hidden"])
 def test_the_name_of_what_the_teacher_writes_stays_in_its_folder(name):
     with pytest.raises(UserError, match=rf"data\.sources\.0\.name: got '{re.escape(name)}', but files are called so"):

@@ -74,7 +74,10 @@ def test_questions_begin_with_the_openings_in_turn_and_no_chat_is_longer_than_as
     questions = [chat["messages"][0]["content"] for chat in chats]
     assert {question[:4] for question in questions} == set(openings)
     assert all(len(question) > 4 for question in questions)
-    assert all(len(chat["messages"][1]["content"]) < 160 for chat in chats)
+    assert all(chat["tokens"] <= 160 for chat in chats)
+    tight = write_chats(teacher, TOKENIZER, 32, 60, 1, stop_ids={STOP}, openings=["a b c d e f g h i j k l"])
+    assert tight
+    assert all(chat["tokens"] <= 60 for chat in tight)
     other = write_chats(teacher, TOKENIZER, 16, 160, 1, stop_ids={STOP}, openings=["ef"])
     assert other
     assert all(chat["messages"][0]["content"].startswith("ef") for chat in other)

@@ -66,10 +66,34 @@ def test_texts_begin_with_the_openings_in_turn_and_of_other_openings_are_not_tak
     source = SOURCE.model_copy(update={"openings": ("Once upon a time", "The dog")})
     written = written_source(source, TEACHER, TOKENIZER, tmp_path, 0, 64)
     texts = [json.loads(line)["text"] for name in written.path for line in Path(name).read_text().splitlines()]
-    begun = [text for text in texts if text.startswith(source.openings)]
-    assert all(any(text.startswith(opening) for text in begun) for opening in source.openings)
+    assert all(text.startswith(source.openings) for text in texts)
+    assert all(any(text.startswith(opening) for text in texts) for opening in source.openings)
     with pytest.raises(UserError, match=r"openings \['Once upon a time', 'The dog'\] -> None"):
         write(tmp_path)
+
+
+def test_openings_take_turns_over_all_portions(tmp_path):
+    """Of four rows a portion, the first four of seven openings were the only ones."""
+    openings = tuple(f"{name} was" for name in ("Anna", "Ben", "The cat", "A tree", "Tom", "The sun", "Mia"))
+    source = SOURCE.model_copy(update={"openings": openings, "from_teacher": 600})
+    written = written_source(source, TEACHER, TOKENIZER, tmp_path, 0, 64)
+    portions = [[json.loads(line)["text"] for line in Path(name).read_text().splitlines()] for name in written.path]
+    assert [text.startswith(openings[:4]) for text in portions[0]] == [True] * 4
+    assert [text.startswith(openings[4:] + openings[:1]) for text in portions[1]] == [True] * len(portions[1])
+
+
+@pytest.mark.parametrize(
+    ("opening", "told"),
+    [
+        (" ", "' ': allowed are plain words"),
+        ("<|endoftext|>So", "allowed are plain words"),
+        ("go on " * 9, "20 tokens; allowed are 16"),
+    ],
+)
+def test_openings_that_leave_nothing_to_write_or_are_marks_are_refused(opening, told, tmp_path):
+    source = SOURCE.model_copy(update={"openings": ("Well", opening)})
+    with pytest.raises(UserError, match=f"source teacher: openings: .*{told}"):
+        written_source(source, TEACHER, TOKENIZER, tmp_path / "written", 0, 64)
 
 
 @pytest.mark.parametrize("content", [b'{"text": "a', b"\0\0\n", b'{"text": "a"}\n', b"[1]\n", b"\xff\n"])
