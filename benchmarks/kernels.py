@@ -226,13 +226,17 @@ def shown(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", action="store_true", help="time flash-linear-attention and SDPA too")
-    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--rows", default=",".join(ROWS), help="with commas between, or '' for none: %(default)s")
     parser.add_argument("--json", help="append one JSON object per row")
     parser.add_argument("--decode", action="store_true", help="also the decoding step")
     parser.add_argument("--lengths", action="store_true", help="also one sequence of 32K to 1,048,576 tokens")
     parser.add_argument("--first-call", action="store_true", help="also what compiling takes")
     parser.add_argument("--compiles", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if unknown := [name for name in options.rows.split(",") if name and name not in ROWS]:
+        parser.error(f"--rows: no {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA card")
     if options.compiles:
         print(compiles(options.compiles))
         return

@@ -74,7 +74,8 @@ def describe(recipe: Recipe, cache: Path) -> str:
     lines.append(f"held out: {held:,} tokens")
     lines.append("\nstage         kind        steps  batch x length      tokens    epochs    trained")
     configs = list(itertools.accumulate(plans, lambda before, plan: config_after(plan.stage, before), initial=config))
-    lines += [_stage_line(plan, after) for plan, after in zip(plans, configs[1:])]
+    for plan, after in zip(plans, configs[1:]):
+        lines += [_stage_line(plan, after), *_source_lines(plan)]
     lines += _cache_lines(recipe, plans, vocab_size)
     lines.append(_memory(recipe, list(zip(plans, configs[1:])), teacher))
     return "\n".join(lines)
@@ -113,6 +114,18 @@ def _stage_line(plan: StagePlan, config: DeltaNetConfig) -> str:
         f"{plan.stage.name:<14}{plan.stage.kind:<10}{plan.num_steps:>7,}  {plan.batch_size:>6} x {plan.seq_len:<6,}"
         f"{plan.num_tokens:>12,}{epochs:>10.2f}{_trained(plan, config) / 1e6:>9,.1f} M"
     )
+
+
+def _source_lines(plan: StagePlan) -> list[str]:
+    """What a stage of several sources reads of each: weights may let a small one be read many times."""
+    corpus = plan.corpus
+    if plan.stage.kind == "convert_step" or len(corpus.parts) == 1:
+        return []
+    sequences, lines = plan.num_steps * plan.batch_size, []
+    for report, count, size in zip(corpus.reports, corpus.counts, corpus.sizes):
+        share = count / sum(corpus.counts)
+        lines.append(f"  {report.source:<39}{share:>12.1%} of it{sequences * share / size:>10.2f}")
+    return lines
 
 
 def _cache_lines(recipe: Recipe, plans: list[StagePlan], vocab_size: int) -> list[str]:

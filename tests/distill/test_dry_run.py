@@ -22,6 +22,25 @@ def test_the_plan_counts_what_the_run_will_do(tmp_path):
     assert "0" in next(line for line in text.splitlines() if line.endswith("<- this recipe"))
 
 
+def test_it_says_how_often_every_source_is_read(tmp_path):
+    (tmp_path / "small.txt").write_text("once " * 700)
+    (tmp_path / "large.txt").write_text("upon a time " * 7000)
+    sources = [
+        {"name": "small", "path": str(tmp_path / "small.txt"), "weight": 3},
+        {"name": "large", "path": str(tmp_path / "large.txt"), "weight": 1},
+    ]
+    teacher = small_run.write_teacher(tmp_path / "teacher")
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", teacher, data__sources=sources)
+    lines = [line.split() for line in describe(load_recipe(recipe), tmp_path / "cache").splitlines()]
+    begun = [
+        next(line for line in lines if line[:1] == [name]) for name in ("small", "large")
+    ]  # of the table of sources
+    small, large = (int(line[4].replace(",", "")) for line in begun)
+    stage = lines.index(next(line for line in lines if line[:1] == ["align"]))
+    assert lines[stage + 1] == ["small", "75.0%", "of", "it", f"{24 * 0.75 / small:.2f}"]
+    assert lines[stage + 2] == ["large", "25.0%", "of", "it", f"{24 * 0.25 / large:.2f}"]
+
+
 def test_the_commands_print_and_leave_nothing_behind(tmp_path, capsys):
     recipe = small_run.write_recipe(tmp_path / "r.yaml", small_run.write_teacher(tmp_path / "teacher"))
     before = sorted(tmp_path.rglob("*"))
