@@ -1,8 +1,8 @@
 """docs/recipe.md: every key of a recipe in a table, made from the schema, so that it cannot lag behind.
 
-    python -m distill.reference > docs/recipe.md
+    python -m distill.recipe_reference > docs/recipe.md
 
-Twin: tests/distill/test_reference.py.
+Twin: tests/distill/test_recipe_reference.py.
 """
 
 import json
@@ -12,7 +12,7 @@ from .schema import DEFAULTS_OF, LOSSES_OF
 
 HEAD = """# The keys of a recipe
 
-Made from the schema by `python -m distill.reference`. A recipe is a YAML file of `version: 1` and these sections;
+Made from the schema by `python -m distill.recipe_reference`. A recipe is a YAML file of `version: 1` and these sections;
 `deltanet-distill RECIPE --print-config` shows one with every default filled in, and `section.key=VALUE` behind it
 changes a key. What the stages do: [distil.md](distil.md).
 
