@@ -13,8 +13,8 @@ from .schema import DEFAULTS_OF, LOSSES_OF
 HEAD = """# The keys of a recipe
 
 Made from the schema by `python -m distill.recipe_reference`. A recipe is a YAML file of `version: 1` and these
-sections; `deltanet-distill RECIPE --print-config` shows one with every default filled in, and `section.key=VALUE` behind
-it changes a key. What the stages do: [distil.md](distil.md).
+sections; `deltanet-distill RECIPE --print-config` shows one with every default filled in, and `section.key=VALUE`
+behind it changes a key. What the stages do: [distil.md](distil.md).
 
 - Paths are relative to the folder where the command runs; `{recipes}` in one is the folder of the shipped recipes.
 - `weight` of a source is its share of the sequences, in proportion to the others': all sources have one, or none does.
