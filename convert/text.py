@@ -56,8 +56,8 @@ def calibration_text(
     aside = max(held_out_tokens // (length * (1 if held_out else len(sources))), 1)
     if length < SHORTEST:
         raise UserError(
-            f"the teacher reaches {length} tokens (max_position_embeddings), and calibration needs windows of "
-            f"{SHORTEST} tokens or more; use --calibrate none"
+            f"the teacher reaches {length} tokens, and calibration needs windows of {SHORTEST} tokens or more; "
+            "use --calibrate none"
         )
     check_sources(sources, held_out, tokenizer)
 

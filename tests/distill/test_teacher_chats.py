@@ -63,9 +63,8 @@ def test_a_dull_turn_drops_its_chat_and_so_does_one_without_an_end(teacher):
     fewer = write_chats(teacher, TOKENIZER, 16, SHORTEST, 1, stop_ids={STOP}, is_dull=lambda text: text == word)
     assert all(chat["messages"][1]["content"] != word for chat in fewer)
     assert write_chats(teacher, TOKENIZER, 4, SHORTEST, 1, stop_ids={STOP}, is_dull=lambda text: True) == []
-    assert (
-        write_chats(teacher, TOKENIZER, 4, SHORTEST, 1, stop_ids={0}) == []
-    )  # it never writes id 0, so no answer ends
+    never_written = {0}
+    assert write_chats(teacher, TOKENIZER, 4, SHORTEST, 1, stop_ids=never_written) == []
 
 
 def test_questions_begin_with_the_openings_in_turn_and_no_chat_is_longer_than_asked_for(teacher):
