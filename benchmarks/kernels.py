@@ -209,7 +209,8 @@ def compiles(row: str) -> str:
         torch.cuda.synchronize()
         took.append(time.perf_counter() - start)
         files.append(len(list(cache.iterdir())))
-    return f"{row}: first call {took[0]:.1f} s, {files[0]} entries of Triton's cache; other B, T, H {files[-1] - files[0]} more"
+    more = files[-1] - files[0]
+    return f"{row}: first call {took[0]:.1f} s, {files[0]} entries of Triton's cache; other B, T, H {more} more"
 
 
 def shown(found: dict) -> str:

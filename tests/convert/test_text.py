@@ -73,7 +73,7 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path, tokenizer):
 
 def test_windows_too_short_to_measure_recall_in_are_refused(tokenizer):
     teacher = SimpleNamespace(config=DeltaNetConfig(max_position_embeddings=17))
-    with pytest.raises(UserError, match=r"reaches 17 tokens .* calibration needs windows of 18"):
+    with pytest.raises(UserError, match=r"reaches 17 tokens, and calibration needs windows of 18"):
         calibration_text(["self"], None, tokenizer, teacher)
 
 
