@@ -160,6 +160,12 @@ def convert_parser() -> argparse.ArgumentParser:
         help="tokens of v that bypass the state; 0 is off (default: 4)",
     )
     parser.add_argument(
+        "--local-window",
+        type=int,
+        metavar="W",
+        help="softmax attention to the last W tokens and the first, beside the state; 0 is off (default: 0)",
+    )
+    parser.add_argument(
         "--conv", type=int, metavar="K", help="convolution over q, k, v of K tokens; 0 is off (default: 0)"
     )
     parser.add_argument(

@@ -4,8 +4,10 @@
 
 KIND, where the layers, and what a linear one is, are those of deltanet-convert with the same options:
 
-    windows        nothing linear: those layers have softmax attention in a window of as many tokens as a cache of keys
-                   and values in bfloat16 holds in the bytes of the state in float32; the weights are the teacher's
+    windows        no state: those layers have softmax attention in a window and to the first token alone, of as many
+                   tokens as a cache of keys and values in bfloat16 holds in the bytes of the state in float32, beside
+                   those of --local-window; the weights are the teacher's. Nothing is read from the state that they
+                   have all the same, and nothing will be as long as read_proj is not trained
     scratch        every weight is random, as transformers initialises it
     random-mixers  the weights are the teacher's, but linear layers' mixers are as in `scratch`
     repeated-rows  a plain copy in which every query head has keys and values of its own, made by a known mistake:
@@ -24,7 +26,7 @@ import torch
 
 from convert.command import mixer_options
 from convert.compat import DEFAULTS
-from convert.layouts import LINEAR, SLIDING, Layout, parse_layout
+from convert.layouts import LINEAR, Layout, parse_layout
 from convert.loading import load_teacher, student_from_teacher
 from convert.plan import student_config
 from convert.sources import COMPANIONS, open_source
@@ -40,11 +42,10 @@ def same_budget(config: DeltaNetConfig) -> int:
 
 
 def windows(teacher: DeltaNetForCausalLM, config: DeltaNetConfig, seed: int) -> DeltaNetForCausalLM:
-    """Raises UserError where layers have a window already, since a model has one length of them."""
-    if SLIDING in (*teacher.config.layer_types, *config.layer_types):
-        raise UserError("windows: the teacher or the layout has layers with a window of their own; a model has one")
-    types = tuple(SLIDING if kind == LINEAR else kind for kind in config.layer_types)
-    return student_from_teacher(teacher, student_config(teacher.config, Layout(types, same_budget(config))))
+    layout = Layout(tuple(config.layer_types), config.sliding_window)
+    unread = mixer_options(**DEFAULTS | {"mixer": "delta", "state_heads": "shared", "skip_conv": 0})
+    unread["local_window"] = config.local_window + same_budget(config)
+    return student_from_teacher(teacher, student_config(teacher.config, layout, **unread))
 
 
 def scratch(teacher: DeltaNetForCausalLM, config: DeltaNetConfig, seed: int) -> DeltaNetForCausalLM:

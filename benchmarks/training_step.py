@@ -1,6 +1,6 @@
 """What a step of a small student costs a GPU and its host: forward and backward of distillation, without an optimizer.
 
-    python -m benchmarks.training_step [--sequences 32] [--taps 4] [--compile] [--profile]
+    python -m benchmarks.training_step [--sequences 32] [--taps 4] [--local-window 0] [--compile] [--profile]
 
 SmolLM2-135M's shapes, one attention layer in four, gated_delta, random weights in bfloat16, packed sequences of 1,024
 random tokens. Prints milliseconds and tokens a second over --steps, peak memory, and with --profile the kernels' and
@@ -15,6 +15,7 @@ import torch
 
 from convert.loading import skeleton
 from deltanet import DeltaNetConfig
+from deltanet.config import STATE_HEADS
 from distill.batch import make_batch
 from distill.schema import Loss, Stage
 from distill.stages import Whole, compile_layers
@@ -40,13 +41,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--taps", type=int, default=4)
+    parser.add_argument("--local-window", type=int, default=0)
+    parser.add_argument("--state-heads", default="expanded", choices=STATE_HEADS)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(SHAPE["num_hidden_layers"])]
-    student = DeltaNetConfig(**SHAPE, layer_types=kinds, mixer="gated_delta", skip_taps=arguments.taps)
+    mixer = {"skip_taps": arguments.taps, "local_window": arguments.local_window, "state_heads": arguments.state_heads}
+    student = DeltaNetConfig(**SHAPE, layer_types=kinds, mixer="gated_delta", **mixer)
     teacher = DeltaNetConfig(**SHAPE, layer_types=["full_attention"] * len(kinds), dtype=torch.bfloat16)
     models = [skeleton(config) for config in (student, teacher)]
     models = [Drawn(model, seed, device).fill(model, torch.bfloat16) for seed, model in enumerate(models)]

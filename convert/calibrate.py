@@ -2,7 +2,7 @@
 
 For every linear layer in turn, from a few thousand tokens of text:
   1. half-life, write strength and its dependence on the input, per state head   (calibration/strengths.py)
-  2. read gate and skip taps, linear in the input, towards the teacher's context  (calibration/gates.py)
+  2. read gate, skip taps and local gate, linear in the input, towards the teacher's context (calibration/gates.py)
   3. the output projection and its bias, towards the teacher's attention output   (calibration/output.py)
 then both models' hidden states move on to the next layer. Nothing of a layer is kept for all tokens except its
 output, its input and S (S + 1) products per head. What it gives: docs/results/calibration.md.
@@ -173,11 +173,13 @@ def _sources(mixer: DeltaMixer, x, rotation, context) -> tuple[list[torch.Tensor
         return [mixer.combine(x, z, None).unflatten(-1, z.shape[2:])], context
     values = v.repeat_interleave(mixer.group, 2)
     taps = [shifted(values, j) for j in range(mixer.config.skip_taps)]
+    if mixer.config.local_window:
+        taps.append(mixer.attend(q, k, v))
     return ([z, *taps], context) if mixer.config.read_gate or not taps else (taps, context - z)
 
 
 def _set_gates(mixer: DeltaMixer, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Writes coefficients (H, S, D) and (H, S) into read_proj (source 0, where there is one) and skip_proj.
+    """Writes coefficients (H, S, D) and (H, S) into read_proj (source 0, where there is one), skip_proj and local_proj.
 
     A mixer with neither takes the scale of what it reads into its output projection.
     """
@@ -188,9 +190,13 @@ def _set_gates(mixer: DeltaMixer, weight: torch.Tensor, bias: torch.Tensor) -> N
         mixer.read_proj.weight.copy_(weight[:, 0])
         mixer.read_proj.bias.copy_(bias[:, 0])
         first = 1
+    last = first + mixer.config.skip_taps
     if mixer.config.skip_taps:
-        mixer.skip_proj.weight.copy_(weight[:, first:].flatten(0, 1))
-        mixer.skip_proj.bias.copy_(bias[:, first:].flatten())
+        mixer.skip_proj.weight.copy_(weight[:, first:last].flatten(0, 1))
+        mixer.skip_proj.bias.copy_(bias[:, first:last].flatten())
+    if mixer.config.local_window:
+        mixer.local_proj.weight.copy_(weight[:, last])
+        mixer.local_proj.bias.copy_(bias[:, last])
 
 
 def _own_outputs(teacher, student) -> None:

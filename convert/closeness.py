@@ -28,11 +28,14 @@ MARGIN = 8
 DISTANCES = (64, 128, 256, 512, 1024)
 VARIANTS = {
     "plain_copy": "plain copy",
-    "state_alone": "state alone, no skip taps",
-    "skip_alone": "skip taps alone, no state",
+    "state_alone": "state alone",
+    "skip_alone": "skip taps alone",
+    "local_alone": "local window alone",
     "no_mixer": "mixer removed",
     "random_mixer": "random mixer",
 }
+_ALONE = {"state_alone": "read_proj", "skip_alone": "skip_proj", "local_alone": "local_proj"}
+"""Branches of a mixer, and the projection whose zeros switch each off."""
 
 
 @torch.no_grad()
@@ -152,8 +155,11 @@ def _applicable(student) -> list[str]:
     config = student.config
     if LINEAR not in config.layer_types:
         return []
-    has_both = config.read_gate and config.skip_taps > 0
-    return [name for name in VARIANTS if has_both or name not in ("state_alone", "skip_alone")]
+    there = {
+        "state_alone": config.read_gate, "skip_alone": config.skip_taps > 0, "local_alone": config.local_window > 0
+    }  # fmt: skip
+    several = sum(there.values()) > 1 and config.read_gate
+    return [name for name in VARIANTS if name not in there or (several and there[name])]
 
 
 @contextlib.contextmanager
@@ -180,12 +186,11 @@ def _variant(mixer: DeltaMixer, variant: str, original, seed: int) -> DeltaMixer
     if variant == "plain_copy":
         changed.reset_to_plain_copy()
         changed.o_proj.load_state_dict(_output(original, changed))
-    elif variant == "state_alone":
-        changed.skip_proj.weight.zero_()
-        changed.skip_proj.bias.zero_()
-    elif variant == "skip_alone":
-        changed.read_proj.weight.zero_()
-        changed.read_proj.bias.zero_()
+    elif variant in _ALONE:
+        for branch, name in _ALONE.items():
+            if branch != variant and hasattr(changed, name):
+                getattr(changed, name).weight.zero_()
+                getattr(changed, name).bias.zero_()
     elif variant == "no_mixer":
         changed.o_proj.weight.zero_()
         if changed.o_proj.bias is not None:

@@ -48,6 +48,7 @@ def convert(
     mixer: str | None = None,
     state_heads: str | None = None,
     skip_conv: int | None = None,
+    local_window: int | None = None,
     conv: int | None = None,
     gate: str | None = None,
     beta_range: int | None = None,
@@ -78,7 +79,7 @@ def convert(
     from .text import check_sources
 
     out = None if output is None else Path(output)
-    options = mixer_options(mixer, state_heads, skip_conv, conv, gate, beta_range, compat)
+    options = mixer_options(mixer, state_heads, skip_conv, local_window, conv, gate, beta_range, compat)
     where = pick_device(device)
     target_dtype = WEIGHT_DTYPES.get(_one_of("--dtype", dtype, ("auto", *WEIGHT_DTYPES)))
     limit = parse_size("--max-shard-size", max_shard_size)
@@ -160,6 +161,7 @@ def mixer_options(
     mixer: str | None,
     state_heads: str | None,
     skip_conv: int | None,
+    local_window: int | None,
     conv: int | None,
     gate: str | None,
     beta_range: int | None,
@@ -167,16 +169,22 @@ def mixer_options(
 ) -> dict:
     """Arguments of `student_config` from the options of the command line, None where one is not given. Raises
     UserError naming the option."""
-    given = {"mixer": mixer, "state_heads": state_heads, "skip_conv": skip_conv, "conv": conv, "gate": gate}
-    settled = resolve(compat, given | {"beta_range": beta_range})
+    given = {"mixer": mixer, "state_heads": state_heads, "skip_conv": skip_conv, "local_window": local_window}
+    settled = resolve(compat, given | {"conv": conv, "gate": gate, "beta_range": beta_range})
     options = {
         "mixer": _one_of("--mixer", settled["mixer"], MIXERS),
         "state_heads": _one_of("--state-heads", settled["state_heads"], STATE_HEADS),
         "skip_taps": _at_least("--skip-conv", settled["skip_conv"], 0),
+        "local_window": _at_least("--local-window", settled["local_window"], 0),
         "conv_kernel": _at_least("--conv", settled["conv"], 0),
         "beta_max": _one_of("--beta-range", settled["beta_range"], (1, 2)),
     }
     options["read_gate"], options["output_gate"] = GATES[_one_of("--gate", settled["gate"], tuple(GATES))]
+    window, taps = options["local_window"], options["skip_taps"]
+    if window and not options["read_gate"]:
+        raise UserError(f"--local-window {window}: --gate {settled['gate']} has no read gate; give --gate read or both")
+    if 0 < window < taps:
+        raise UserError(f"--local-window {window}: allowed are 0 (off), or the {taps} of --skip-conv and more")
     return options | (FIELDS[compat] if compat else {})
 
 

@@ -11,14 +11,16 @@ DEFAULTS = {
     "mixer": "gated_delta",
     "state_heads": "expanded",
     "skip_conv": 4,
+    "local_window": 0,
     "conv": 0,
     "gate": "read",
     "beta_range": 1,
 }
 """Of the options of a mixer, where neither the user nor --compat says otherwise."""
+_NEEDED = {"state_heads": "expanded", "skip_conv": 0, "local_window": 0}
 NEEDED = {
-    "fla": {"state_heads": "expanded", "skip_conv": 0, "gate": "none"},
-    "qwen3_5": {"mixer": "gated_delta", "state_heads": "expanded", "skip_conv": 0, "gate": "output", "beta_range": 1},
+    "fla": _NEEDED | {"gate": "none"},
+    "qwen3_5": _NEEDED | {"mixer": "gated_delta", "gate": "output", "beta_range": 1},
 }
 """Options that have no other value in the format."""
 SUGGESTED = {"fla": {"conv": 4}, "qwen3_5": {"conv": 4}}

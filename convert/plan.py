@@ -122,8 +122,9 @@ def unused_norms(config: DeltaNetConfig) -> set[str]:
 
 
 def new_tensors(config: DeltaNetConfig, layer: int, dtype: torch.dtype) -> list[Move]:
-    """What a linear layer has and no teacher: beta one half, half-life 16 tokens, read gate 1, taps 0, convolution
-    `first_tap` times the identity, output gate's projection 0, output bias 0."""
+    """What a linear layer has and no teacher: beta one half, half-life 16 tokens, read gate 1, taps 0 (with
+    a local window that 1 and the read gate 0), convolution `first_tap` times the identity, output gate's projection 0,
+    output bias 0."""
     hidden, heads, states = config.hidden_size, config.num_attention_heads, config.num_state_heads
     width, kv_width = heads * config.head_dim, config.num_key_value_heads * config.head_dim
     moves: list[Move] = []
@@ -141,9 +142,11 @@ def new_tensors(config: DeltaNetConfig, layer: int, dtype: torch.dtype) -> list[
     if config.mixer == "gated_delta":
         add_linear("a_proj", states, PLAIN_DECAY_BIAS)
     if config.read_gate:
-        add_linear("read_proj", heads, 1.0)
+        add_linear("read_proj", heads, config.first_read)
     if config.skip_taps:
         add_linear("skip_proj", heads * config.skip_taps)
+    if config.local_window:
+        add_linear("local_proj", heads, 1.0)
     if config.mixer_bias and not config.o_bias:
         add("o_proj.bias", (hidden,))
     if config.conv_kernel:

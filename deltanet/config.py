@@ -82,6 +82,8 @@ class DeltaNetConfig(PreTrainedConfig):
     beta_max: the write strength lies in (0, beta_max); 1 or 2.
     skip_taps: how many tokens of v (this one and the ones before) bypass the state; 0 switches it off.
     read_gate: a scalar per head, linear in the input, multiplies what is read from the state.
+    local_window: how many tokens, the document's first beside them, softmax attention of a linear layer sees; 0
+        switches it off.
     mixer_bias: the linear mixer's output projection has a bias.
     conv_kernel: a causal depthwise convolution over q, k and v, identity at the start; 0 switches it off.
     qkv_activation: `silu` after the convolution (if any) on q, k and v of linear layers, else `none`.
@@ -128,6 +130,7 @@ class DeltaNetConfig(PreTrainedConfig):
     beta_max: float | int = 1.0
     skip_taps: int = 4
     read_gate: bool = True
+    local_window: int = 0
     mixer_bias: bool = True
     conv_kernel: int = 0
     qkv_activation: str = "none"
@@ -208,9 +211,15 @@ class DeltaNetConfig(PreTrainedConfig):
             raise UserError(f"config.attention_dropout is {self.attention_dropout}; allowed: 0 to less than 1")
         refuse_rotary(self.rope_parameters or {}, "config.rope_parameters: ")
         self._check_activation()
-        for field in ("skip_taps", "conv_kernel"):
+        for field in ("skip_taps", "conv_kernel", "local_window"):
             if getattr(self, field) < 0:
                 raise UserError(f"config.{field} is {getattr(self, field)}; allowed: 0 (off) or more")
+        if self.local_window and not self.read_gate:
+            raise UserError(f"config.local_window is {self.local_window}, but config.read_gate is off; it needs one")
+        if 0 < self.local_window < self.skip_taps:
+            raise UserError(
+                f"config.local_window is {self.local_window}; allowed: 0 (off), or from skip_taps ({self.skip_taps}) on"
+            )
 
     def _check_activation(self) -> None:
         from transformers.activations import ACT2FN
@@ -224,6 +233,12 @@ class DeltaNetConfig(PreTrainedConfig):
         """The convolution's weight of the current token at the start. SiLU is nearly linear where its input is small,
         and what follows it (the norms of q, k and of what is read) does not mind the scale."""
         return 1.0 if self.qkv_activation == "none" else 0.1
+
+    @property
+    def first_read(self) -> float:
+        """The read gate in a plain copy: nothing is read beside a local window, which is part of the teacher's
+        attention as it stands."""
+        return 0.0 if self.local_window else 1.0
 
     @property
     def num_state_heads(self) -> int:

@@ -3,9 +3,10 @@
     q, k, v = projections of x as the teacher's (biases, q/k-norm, RoPE), then q and k of unit length
     beta = beta_max * sigmoid(b(x))       g = -softplus(a(x))  (`gated_delta`; 0 for `delta`)
     S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T            z_t = S_t^T q_t
-    y_t = W_o [ read_h(x_t) z_t  +  sum_j skip_{h,j}(x_t) v_{t-j} ] + bias
+    y_t = W_o [ read_h(x_t) z_t  +  sum_j skip_{h,j}(x_t) v_{t-j}  +  local_h(x_t) a_t ] + bias
 
-`read` and `skip` are one scalar per query head (and tap), linear in x, 1 and 0 in a plain copy. Query head h of
+`read`, `skip` and `local` are one scalar per query head (and tap), linear in x; 1 and 0 in a plain copy, or 0, 0 and 1
+where a_t is there, the teacher's attention within `local_window` tokens (local_attention.py). Query head h of
 key/value head h // group reads state h // group (`shared`) or h (`expanded`). The operation is `deltanet.ops`.
 With `exact_start` the first token of a document makes y_0 = W_o v_0 + bias, which is what softmax over one token makes.
 
@@ -25,6 +26,7 @@ from deltanet_errors import UserError
 
 from .config import DeltaNetConfig
 from .history import History
+from .local_attention import first_of, local_attention, remembered
 from .ops import delta_rule, delta_rule_step_
 from .rollback import CAPACITY
 
@@ -112,9 +114,11 @@ class DeltaMixer(nn.Module):
         if config.mixer == "gated_delta":
             self.a_proj = Neutral(hidden, state_heads, math.log(math.expm1(math.log(2) / PLAIN_HALF_LIFE)))
         if config.read_gate:
-            self.read_proj = Neutral(hidden, self.num_heads, 1.0)
+            self.read_proj = Neutral(hidden, self.num_heads, config.first_read)
         if config.skip_taps:
             self.skip_proj = Neutral(hidden, self.num_heads * config.skip_taps)
+        if config.local_window:
+            self.local_proj = Neutral(hidden, self.num_heads, 1.0)
         if config.conv_kernel:
             self.q_conv = Convolution(width, config.conv_kernel, config.first_tap)
             self.k_conv = Convolution(kv_width, config.conv_kernel, config.first_tap)
@@ -200,12 +204,27 @@ class DeltaMixer(nn.Module):
             normalize_qk=True,
         )
 
-    def combine(self, x: torch.Tensor, z: torch.Tensor, skipped: History) -> torch.Tensor:
-        """What o_proj multiplies, (B, T, HQ * hd), from x (B, T, D), z (B, T, HQ, hd) and the history of v."""
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recent: History | None = None, first=None
+    ) -> torch.Tensor:
+        """What the teacher's attention makes within the local window, (B, T, HQ, hd); of whole texts without a cache
+        unless `recent` and `first` say what was before (local_attention.py)."""
+        if recent is None:
+            recent = History(remembered(k, v), self.settings.local_window)
+            first = first_of(recent)
+        return local_attention(q, recent, first, self.head_dim**-0.5)
+
+    def combine(
+        self, x: torch.Tensor, z: torch.Tensor, skipped: History, local: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What o_proj multiplies, (B, T, HQ * hd), from x (B, T, D), z (B, T, HQ, hd), the history of v and, with a
+        local window, what its attention makes (B, T, HQ, hd)."""
         batch, tokens = x.shape[:2]
         o = z
         if self.settings.read_gate:
             o = o * self.read_proj(x)[..., None]
+        if local is not None:
+            o = o + local * self.local_proj(x)[..., None]
         if self.settings.skip_taps:
             taps = self.skip_proj(x).view(batch, tokens, self.num_kv_heads, self.group, -1)
             o = o.reshape(batch, tokens, self.num_kv_heads, self.group, self.head_dim)
@@ -259,23 +278,21 @@ class DeltaMixer(nn.Module):
 
     def _mix(self, x, position_embeddings, cache, cu_seqlens) -> torch.Tensor:
         layer = cache.layers[self.layer_idx] if cache is not None else None
-        memory = layer.conv_states[0] if layer is not None else None
-        # One tensor holds both memories, the convolution's inputs and the taps' values, each right-aligned.
-        conv_past = skip_past = None
-        if memory is not None:
-            conv_channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.conv_reach else 0
-            conv_past = memory[:, :conv_channels, memory.shape[2] - self.conv_reach :] if self.conv_reach else None
-            skip_past = memory[:, conv_channels:, memory.shape[2] - self.skip_reach :] if self.skip_reach else None
+        conv_past, skip_past, local_past = self._pasts(layer)
         q, k, v, convolved = self.project(x, position_embeddings, conv_past, cu_seqlens)
         skipped = History(v.flatten(2), self.skip_reach, skip_past, cu_seqlens)
         beta, g = self.strengths(x)
         is_first = self._first_tokens(layer, skipped) if self.settings.exact_start else None
-        histories = [h for h in (convolved, skipped) if h is not None and h.reach]
+        local, kept = None, skipped
+        if self.settings.local_window:
+            kept = History(remembered(k, v), self.settings.local_window, local_past, cu_seqlens)
+            local = self.attend(q, k, v, kept, self._first_vectors(layer, kept))
+        histories = [h for h in (convolved, kept) if h is not None and h.reach]
         if getattr(layer, "record_past", False):
             z = self._recorded(layer, q, k, v, beta, g, cu_seqlens, histories)
         else:
             z = self._advanced(layer, q, k, v, beta, g, cu_seqlens)
-        o = self.combine(x, z.to(x.dtype), skipped)
+        o = self.combine(x, z.to(x.dtype), skipped, local)
         if is_first is not None:
             o = torch.where(is_first[..., None], v.repeat_interleave(self.group, dim=2).flatten(2), o)
         if layer is not None:
@@ -284,6 +301,36 @@ class DeltaMixer(nn.Module):
             layer.has_previous_state[0] = True
             layer.device = x.device
         return self.o_proj(o)
+
+    def _pasts(self, layer) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The memories of the convolution, the taps and the local window; None of those that are not there.
+
+        One tensor holds them all, each right-aligned. The window's begins with the values, which the taps read."""
+        memory = layer.conv_states[0] if layer is not None else None
+        if memory is None:
+            return None, None, None
+        conv_channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.conv_reach else 0
+        rows = slice(conv_channels, conv_channels + self.num_kv_heads * self.head_dim)
+
+        def part(channels: slice, reach: int) -> torch.Tensor | None:
+            return memory[:, channels, memory.shape[2] - reach :] if reach else None
+
+        return (
+            part(slice(conv_channels), self.conv_reach),
+            part(rows, self.skip_reach),
+            part(slice(conv_channels, None), self.settings.local_window),
+        )
+
+    @staticmethod
+    def _first_vectors(layer, recent: History) -> torch.Tensor:
+        """(N, channels), what `local_attention` wants of every document's first token; the cache keeps it."""
+        if layer is None:
+            return first_of(recent)
+        if not layer.has_previous_state[0]:
+            layer.keep_first(first_of(recent))
+        elif recent.cu_seqlens is not None:  # rows of which nothing but padding was seen may begin now
+            layer.keep_first(torch.where(recent.past[:, -1, -1:] > 0, layer.first, first_of(recent)))
+        return layer.first
 
     @staticmethod
     def _first_tokens(layer, history: History) -> torch.Tensor | None:

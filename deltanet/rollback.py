@@ -28,9 +28,18 @@ class StateLayer(LinearAttentionLayer):
     """k, v, beta, g of the recorded tokens and, on the last axis, the vectors to look back on; None: none recorded."""
     length = 0
     """Recorded tokens."""
+    first = None
+    """(B, channels) of every sequence's first token, where the layer has a local window. It never changes while the
+    sequence has a token, so `crop` leaves it."""
 
     def activate_past_recording(self) -> None:
         self.record_past = True
+
+    def keep_first(self, vectors: torch.Tensor) -> None:
+        """Copies vectors (B, channels) into a tensor whose address stays the same."""
+        if self.first is None:
+            self.first = torch.empty_like(vectors)
+        self.first.copy_(vectors)
 
     def note(self, k, v, beta, g, vectors) -> None:
         """Records what T <= CAPACITY tokens are about to write into the (initialized) states: k (B, T, H, K), v
@@ -86,6 +95,8 @@ class StateLayer(LinearAttentionLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
+        if self.first is not None:
+            self.first = self.first.index_select(0, beam_idx.to(self.first.device))
         self.writes, self.length = None, 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from convert.command import load_tokenizer, mixer_options
+from convert.compat import DEFAULTS
 from convert.layouts import FULL, LINEAR, parse_layout
 from convert.staging import Staging
 from convert.tokens import num_ids
@@ -50,8 +51,8 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
 
 def mixer_fields(wish: Mixer) -> dict:
     """The fields of DeltaNetConfig that a recipe's section of mixer options decides."""
-    options = (wish.mixer, wish.state_heads, wish.skip_conv, wish.conv, wish.gate, wish.beta_range)
-    return mixer_options(*options, compat=getattr(wish, "compat", None))
+    options = {name: getattr(wish, name) for name in DEFAULTS}
+    return mixer_options(**options, compat=getattr(wish, "compat", None))
 
 
 def _tokenizer(wish: New):

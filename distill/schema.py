@@ -95,6 +95,9 @@ class Mixer(Section):
     mixer: Literal["gated_delta", "delta"] = "gated_delta"
     state_heads: Literal["expanded", "shared"] = "expanded"
     skip_conv: int = Field(4, ge=0, description="tokens of v that bypass the state")
+    local_window: int = Field(
+        0, ge=0, description="tokens that softmax attention beside the state sees, and a document's first; 0 is off"
+    )
     conv: int = Field(0, ge=0, description="kernel of the convolution over q, k, v; 0 is off")
     gate: Literal["read", "output", "both", "none"] = "read"
     beta_range: Annotated[Literal[1, 2], BeforeValidator(_no_bool)] = 1

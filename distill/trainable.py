@@ -19,7 +19,7 @@ from . import lora
 from .schema import Stage
 
 SETS = ("mixers", "attention", "all")
-GATES = ("b_proj", "a_proj", "read_proj", "skip_proj", "g_proj")
+GATES = ("b_proj", "a_proj", "read_proj", "skip_proj", "local_proj", "g_proj")
 
 
 def in_set(name: str, which: str, config: DeltaNetConfig) -> bool:

@@ -25,7 +25,8 @@ LEAST_GAIN = 1e-5
 DIRECTION_RIDGE = 0.1
 CONSTANT_RIDGE = 0.01
 NEAR, AHEAD = 4, 16
-"""Attention to the NEAR last tokens says nothing about memory; the decay's target looks AHEAD tokens on."""
+"""Attention to the NEAR last tokens, or to those of a local window, says nothing about memory; the decay's target looks
+AHEAD tokens on."""
 
 
 @dataclass
@@ -63,7 +64,7 @@ def fit_strengths(
     if settings.importance or settings.decay_slope:
         teacher_x = x if attention_input is None else attention_input
         whose = (mixer, teacher_x, rotation) if attention is None else (attention, teacher_x, attention_rotation)
-        targets = attention_targets(*whose, window)
+        targets = attention_targets(*whose, window, max(NEAR, mixer.config.local_window))
         directions = _directions(x, targets, search.num_states)
         search.along = [(x - directions.mean) @ weight.T for weight in directions.weights]
     gated = mixer.config.mixer == "gated_delta"
@@ -108,8 +109,10 @@ class _Search:
         self.context = self._measured(context)
         values = self.v.repeat_interleave(mixer.group, 2)
         self.taps = [self._measured(shifted(values, j)) for j in range(config.skip_taps)]
+        if config.local_window:
+            self.taps.append(self._measured(mixer.attend(self.q, self.k, self.v)))
         self.total = _dot(self.context, self.context)
-        size = 1 + config.skip_taps
+        size = 1 + len(self.taps)
         self.gram = x.new_zeros(config.num_attention_heads, size, size, dtype=torch.float64)
         self.cross = self.gram.new_zeros(config.num_attention_heads, size)
         for i, a in enumerate(self.taps, 1):
@@ -168,11 +171,11 @@ def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
 
 
 def attention_targets(
-    attention, x: torch.Tensor, rotation, window: int | None = None
+    attention, x: torch.Tensor, rotation, window: int | None = None, near: int = NEAR
 ) -> tuple[torch.Tensor, torch.Tensor, slice]:
     """Two logarithms per token and query head, (B, T', HQ), that are read off the attention over x, and which tokens.
 
-    First how much attention a token's key draws from tokens at least NEAR later; second how much of the attention of
+    First how much attention a token's key draws from tokens at least `near` later; second how much of the attention of
     the next AHEAD tokens goes past it, further back (the first token, where attention parks, left out).
     """
     q, k = (y(x).unflatten(-1, (-1, attention.head_dim)) for y in (attention.q_proj, attention.k_proj))
@@ -185,8 +188,8 @@ def attention_targets(
     ones = torch.ones(T, T, dtype=torch.bool, device=x.device)
     seen = ones.tril() if window is None else ones.tril() & ones.triu(1 - window)
     ahead = (ones.tril() & ~ones.tril(-AHEAD)).to(x.dtype)
-    far = ones.tril(-NEAR).to(x.dtype)
-    kept = slice(min(8, T // 8), max(T - min(128, T // 4), T // 8 + 2))
+    far = ones.tril(-near).to(x.dtype)
+    kept = slice(min(8, T // 8), max(T - min(max(128, 2 * near), T // 4), T // 8 + 2))
     drawn, past = [], []
     for head in range(HQ):
         logits = q[:, :, head] @ k[:, :, head // group].mT * d**-0.5

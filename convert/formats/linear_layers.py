@@ -25,6 +25,7 @@ def linear_refusals(config: DeltaNetConfig) -> list[str]:
         "a bias of the output projection of linear layers (mixer_bias)": config.mixer_bias or config.o_bias,
         "a bias of the write strength (beta_bias)": config.beta_bias,
         f"the skip convolution (skip_taps {config.skip_taps})": config.skip_taps > 0,
+        f"attention beside the state (local_window {config.local_window})": config.local_window > 0,
         "the read gate (read_gate)": config.read_gate,
         "no norm of what is read (head_norm)": not config.head_norm,
         "the first token's own value (exact_start)": config.exact_start,

@@ -2,7 +2,7 @@
 
 Retrofits are known to lean on the branch that was easiest to learn and to leave the other idle; a perplexity does not
 show that, and a loss hardly shows what carries recall, which few tokens of a text ask for. Here a state, the skip taps,
-or a whole mixer gives zeros, and all else stays as it is.
+the local window or a whole mixer gives zeros, and all else stays as it is.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from deltanet.mixer import DeltaMixer
 
 from .subject import Subject
 
-STATE, TAPS, MIXER = "state", "skip taps", "mixer"
-ALL = {STATE: "all states", TAPS: "all skip taps", MIXER: "all delta-rule mixers"}
+STATE, TAPS, LOCAL, MIXER = "state", "skip taps", "local window", "mixer"
+ALL = {STATE: "all states", TAPS: "all skip taps", LOCAL: "all local windows", MIXER: "all delta-rule mixers"}
 RISE, RECALL, FIRST = "loss rise, nats", "recall {}", "first {}"
 LOGIT_ROWS = 256  # positions whose float32 logits exist at once
 
@@ -29,7 +29,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def parts_of(model: nn.Module) -> dict[str, tuple[list[nn.Module], str]]:
-    """What can be switched off, by its name: the mixers, and which of STATE, TAPS and MIXER of each.
+    """What can be switched off, by its name: the mixers, and which of STATE, TAPS, LOCAL and MIXER of each.
 
     First all delta-rule layers at once, where there are several, then layer by layer.
     """
@@ -103,12 +103,13 @@ def mean_loss(subject: Subject, ids: torch.Tensor) -> float:
 def _switches(mixer: nn.Module) -> list[str]:
     if not isinstance(mixer, DeltaMixer):
         return [MIXER]
-    return [STATE, *([TAPS] if mixer.config.skip_taps else []), MIXER]
+    config = mixer.config
+    return [STATE, *([TAPS] if config.skip_taps else []), *([LOCAL] if config.local_window else []), MIXER]
 
 
 @contextlib.contextmanager
 def switched_off(mixer: nn.Module, switch: str) -> Iterator[None]:
-    """The mixer without its state, taps or output, for whole texts without a cache; put back afterwards."""
+    """The mixer without one of its branches or its output, for whole texts without a cache; put back afterwards."""
     if switch == STATE:
         mixer.read = lambda q, *others, **options: (torch.zeros_like(q), None)
         try:
@@ -116,7 +117,8 @@ def switched_off(mixer: nn.Module, switch: str) -> Iterator[None]:
         finally:
             del mixer.read
         return
-    silenced = mixer.skip_proj if switch == TAPS else mixer
+    silenced = {TAPS: "skip_proj", LOCAL: "local_proj"}.get(switch)
+    silenced = mixer if silenced is None else getattr(mixer, silenced)
     handle = silenced.register_forward_hook(lambda module, inputs, output: _zero(output))
     try:
         yield

@@ -52,6 +52,7 @@ def test_the_expected_tensors_are_the_models(family, tmp_path):
         {"skip_taps": 0, "read_gate": False, "mixer_bias": False},
         {"conv_kernel": 4, "output_gate": True, "head_norm": True},
         {"skip_taps": 1, "beta_max": 2},
+        {"local_window": 8},
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -20,6 +20,9 @@ VARIANTS = {
     "bare": {"skip_taps": 0, "read_gate": False, "mixer_bias": False},
     "one-tap": {"skip_taps": 1},
     "exact-start": {"exact_start": True},
+    "local": {"local_window": 6, "exact_start": True},
+    "local-conv": {"local_window": 4, "conv_kernel": 6, "state_heads": "shared"},
+    "local-untapped": {"local_window": 40, "skip_taps": 0},
     "qwen3-like": {"qk_norm": "head", "qkv_bias": True},
 }
 EXACT = 1e-5  # float32 logits of order 1 to 10
@@ -33,7 +36,7 @@ def run(model, ids, cache=None, **kwargs):
 @pytest.mark.parametrize(
     ("layout", "variant"),
     [("global", variant) for variant in VARIANTS]
-    + [(layout, v) for layout in ("none", "swa") for v in ("plain", "conv")],
+    + [(layout, v) for layout in ("none", "swa") for v in ("plain", "conv", "local")],
 )
 @torch.no_grad()
 def test_every_split_of_a_prompt_equals_the_whole(layout, variant):

@@ -5,7 +5,12 @@ import torch
 from tiny_student import LAYOUTS, tiny_model, tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-VARIANTS = {"expanded": {}, "shared": {"state_heads": "shared"}, "delta": {"mixer": "delta", "beta_max": 2.0}}
+VARIANTS = {
+    "expanded": {},
+    "shared": {"state_heads": "shared"},
+    "delta": {"mixer": "delta", "beta_max": 2.0},
+    "local": {"local_window": 16},
+}
 
 
 def both(layout: str, variant: str):

@@ -15,7 +15,7 @@ from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.mixer import DeltaMixer
 from deltanet.modeling import CACHE
 from distill.evaluation import diagnostics as titles
-from distill.evaluation.branches import MIXER, RISE, STATE, TAPS, branches, switched_off
+from distill.evaluation.branches import LOCAL, MIXER, RISE, STATE, TAPS, branches, switched_off
 from distill.evaluation.diagnostics import diagnose
 from distill.evaluation.drift import drift
 from distill.evaluation.same_logits import same_logits
@@ -96,6 +96,18 @@ def test_switching_off_is_what_zero_parameters_do(switch, variant, changed, ids)
         expected = loss(changed.model, ids) - whole
     assert rise == pytest.approx(expected, abs=1e-5)  # float32 means of some 200 tokens
     assert abs(rise) > 1e-3
+
+
+def test_a_local_window_is_switched_off(changed, ids):
+    config = copy.deepcopy(changed.model.config)
+    config.local_window, config.exact_start = 8, False
+    torch.manual_seed(0)
+    model = DeltaNetForCausalLM(config).eval()
+    rise = branches(replace(changed, model=model), None, ids)[f"layer 0, {LOCAL}"][RISE]
+    whole = loss(model, ids)
+    with varied(model, "no_mixer"):  # of a plain copy, which reads nothing else
+        assert rise == pytest.approx(loss(model, ids) - whole, abs=1e-5)
+    assert abs(rise) > 1e-4
 
 
 def test_layers_of_any_transformer_are_switched_off(teacher, ids):
