@@ -56,7 +56,9 @@ def local_attention(q: torch.Tensor, recent: History, first: torch.Tensor, scale
     seen = _seen(F.pad(before, (0, fill)).unflatten(1, (count, chunk)), window)
 
     group = (keys.shape[-1] // 2 // size, -1)  # a key/value head and the query heads that share it
-    values, keys = keys[..., :-1].unflatten(-1, (2, group[0], size)).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)
+    # Fast kernels want aligned rows, which the one behind every token's vectors spoils: hence the copy.
+    keys = keys[..., :-1].unflatten(-1, (2, group[0], size)).permute(3, 0, 1, 4, 2, 5).contiguous()
+    values, keys = keys.flatten(1, 2)
     queries = F.pad(q, (0, 0, 0, 0, 0, fill)).unflatten(1, (count, chunk)).unflatten(3, group)
     queries = queries.permute(0, 1, 3, 4, 2, 5).flatten(0, 1)
     seen = seen[:, :, None].expand(q.shape[0], -1, queries.shape[2], -1, -1)
