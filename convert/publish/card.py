@@ -169,7 +169,8 @@ def _layers(config: DeltaNetConfig) -> str:
         size = config.head_dim
         lines.append(
             f"Layers are counted from 0. A delta-rule layer keeps {config.num_state_heads} states of {size} x {size} "
-            "numbers, however long the text is."
+            "numbers, however long the text is"
+            + (f", and attends to the last {config.local_window} tokens and the first." if config.local_window else ".")
         )
     return "\n\n".join(lines)
 

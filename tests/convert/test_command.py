@@ -90,14 +90,15 @@ def test_a_dry_run_prints_every_tensor_and_writes_nothing(teacher, tmp_path, cap
 
 
 def test_every_mixer_option_reaches_the_config(teacher, tmp_path):
-    options = "--mixer delta --state-heads shared --skip-conv 2 --conv 3 --gate both --beta-range 2 --hybrid none"
-    arguments = [*options.split(), "--calibrate", "none", "--dtype", "bfloat16"]
+    options = "--mixer delta --state-heads shared --skip-conv 2 --local-window 8 --conv 3 --gate both --beta-range 2"
+    arguments = [*options.split(), "--hybrid", "none", "--calibrate", "none", "--dtype", "bfloat16"]
     assert run(teacher, "-o", tmp_path / "student", *arguments) == 0
     config = json.loads((tmp_path / "student" / "config.json").read_text())
     wanted = {
         "mixer": "delta",
         "state_heads": "shared",
         "skip_taps": 2,
+        "local_window": 8,
         "conv_kernel": 3,
         "read_gate": True,
         "output_gate": True,
@@ -118,6 +119,9 @@ def test_every_mixer_option_reaches_the_config(teacher, tmp_path):
         (["--mixer", "gated-delta"], "gated_delta"),
         (["--state-heads", "share"], "shared"),
         (["--skip-conv", "-1"], "--skip-conv"),
+        (["--local-window", "-1"], "--local-window"),
+        (["--local-window", "3"], "--local-window 3: allowed are 0"),
+        (["--local-window", "8", "--gate", "none"], "--local-window 8: --gate none has no read gate"),
         (["--conv", "-2"], "--conv"),
         (["--gate", "reed"], "read"),
         (["--beta-range", "3"], "--beta-range"),

@@ -161,6 +161,8 @@ def test_a_newer_format_is_refused(tmp_path):
         ("max_position_embeddings", 0),
         ("sliding_window", -1),
         ("skip_taps", -1),
+        ("local_window", -1),
+        ("local_window", 3),
         ("hidden_act", "sillu"),
         ("rms_norm_eps", -1.0),
         ("rms_norm_eps", float("nan")),
@@ -171,6 +173,11 @@ def test_a_newer_format_is_refused(tmp_path):
 def test_a_configuration_out_of_range_names_its_field(field, value):
     with pytest.raises(UserError, match=field):
         tiny_config(**{field: value})
+
+
+def test_a_local_window_needs_a_read_gate():
+    with pytest.raises(UserError, match=r"local_window is 8, but config\.read_gate is off"):
+        tiny_config(local_window=8, read_gate=False)
 
 
 def test_a_value_of_a_wrong_type_in_a_file_is_a_user_error(tmp_path):
