@@ -70,7 +70,7 @@ def local_attention(q: torch.Tensor, recent: History, first: torch.Tensor, scale
 
 
 def _before(recent: History, device: torch.device) -> torch.Tensor:
-    """(B or 1, T): how many tokens of its document stand before each; W where it is more than that."""
+    """(B or 1, T): how many tokens of its document stand before each; behind a cache at least W where W or more do."""
     if recent.cu_seqlens is not None:
         return recent.offset[None]
     token = torch.arange(recent.x.shape[1], device=device)[None]
