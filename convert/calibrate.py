@@ -23,7 +23,7 @@ from deltanet.mixer import DeltaMixer
 from deltanet_errors import DeltanetError, UserError, one_line
 
 from .calibration import OutputFit, Settings, SourceProducts, Stream, fit_gates, fit_strengths, head_metric
-from .calibration.strengths import constant_direction, shifted
+from .calibration.strengths import beside_state, constant_direction
 
 LINEAR = "linear_attention"
 SILU_IS_ONE = 1.278465
@@ -171,11 +171,8 @@ def _sources(mixer: DeltaMixer, x, rotation, context) -> tuple[list[torch.Tensor
     z, _ = mixer.read(q, k, v, *mixer.strengths(x))
     if not mixer.config.read_gate and not mixer.config.skip_taps:
         return [mixer.combine(x, z, None).unflatten(-1, z.shape[2:])], context
-    values = v.repeat_interleave(mixer.group, 2)
-    taps = [shifted(values, j) for j in range(mixer.config.skip_taps)]
-    if mixer.config.local_window:
-        taps.append(mixer.attend(q, k, v))
-    return ([z, *taps], context) if mixer.config.read_gate or not taps else (taps, context - z)
+    beside = beside_state(mixer, q, k, v)
+    return ([z, *beside], context) if mixer.config.read_gate or not beside else (beside, context - z)
 
 
 def _set_gates(mixer: DeltaMixer, weight: torch.Tensor, bias: torch.Tensor) -> None:

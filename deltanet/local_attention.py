@@ -29,14 +29,14 @@ def first_of(recent: History) -> torch.Tensor:
     return recent.x[0, recent.cu_seqlens[:-1].clamp(max=recent.x.shape[1] - 1)]
 
 
-def local_attention(q: torch.Tensor, recent: History, first: torch.Tensor, scale: float) -> torch.Tensor:
+def local_attention(q: torch.Tensor, recent: History, first: torch.Tensor) -> torch.Tensor:
     """q (B, T, HQ, hd) -> (B, T, HQ, hd): attention to the last W tokens, this one among them, and to the document's
     first.
 
     recent: the history of `remembered`, with a reach of W. first: (N, 2 * KV * hd + 1) of the same kind.
     """
     if recent.cu_seqlens is not None and recent.past is not None:
-        return _by_document(q, recent, first, scale)
+        return _by_document(q, recent, first)
     tokens, heads, size = q.shape[1:]
     window, chunk = recent.reach, min(recent.reach, tokens)
     fill = -tokens % chunk
@@ -62,9 +62,8 @@ def local_attention(q: torch.Tensor, recent: History, first: torch.Tensor, scale
     queries = F.pad(q, (0, 0, 0, 0, 0, fill)).unflatten(1, (count, chunk)).unflatten(3, group)
     queries = queries.permute(0, 1, 3, 4, 2, 5).flatten(0, 1)
     seen = seen[:, :, None].expand(q.shape[0], -1, queries.shape[2], -1, -1)
-    out = F.scaled_dot_product_attention(
-        queries.flatten(2, 3), keys, values, attn_mask=seen.flatten(2, 3).flatten(0, 1)[:, None], scale=scale
-    )
+    seen = seen.flatten(2, 3).flatten(0, 1)[:, None]
+    out = F.scaled_dot_product_attention(queries.flatten(2, 3), keys, values, attn_mask=seen)
     out = out.unflatten(0, (-1, count)).unflatten(3, (-1, chunk)).permute(0, 1, 4, 2, 3, 5)
     return out.reshape(-1, count * chunk, heads, size)[:, :tokens]
 
@@ -87,12 +86,12 @@ def _seen(before: torch.Tensor, window: int) -> torch.Tensor:
     return torch.where(column == 0, before[..., None] >= window, inside)
 
 
-def _by_document(q: torch.Tensor, recent: History, first: torch.Tensor, scale: float) -> torch.Tensor:
+def _by_document(q: torch.Tensor, recent: History, first: torch.Tensor) -> torch.Tensor:
     """Padded rows that go on from a cache, one after the other."""
     outs = []
     for index, (begin, end) in enumerate(pairwise(recent.cu_seqlens.tolist())):
         if end > begin:
             past = recent.past[index : index + 1].transpose(1, 2)
             own = History(recent.x[:, begin:end], recent.reach, past)
-            outs.append(local_attention(q[:, begin:end], own, first[index : index + 1], scale))
+            outs.append(local_attention(q[:, begin:end], own, first[index : index + 1]))
     return torch.cat(outs, 1)

@@ -204,15 +204,10 @@ class DeltaMixer(nn.Module):
             normalize_qk=True,
         )
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recent: History | None = None, first=None
-    ) -> torch.Tensor:
-        """What the teacher's attention makes within the local window, (B, T, HQ, hd); of whole texts without a cache
-        unless `recent` and `first` say what was before (local_attention.py)."""
-        if recent is None:
-            recent = History(remembered(k, v), self.settings.local_window)
-            first = first_of(recent)
-        return local_attention(q, recent, first, self.head_dim**-0.5)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What the teacher's attention makes of whole texts within the local window, (B, T, HQ, hd)."""
+        recent = History(remembered(k, v), self.settings.local_window)
+        return local_attention(q, recent, first_of(recent))
 
     def combine(
         self, x: torch.Tensor, z: torch.Tensor, skipped: History, local: torch.Tensor | None = None
@@ -286,7 +281,7 @@ class DeltaMixer(nn.Module):
         local, kept = None, skipped
         if self.settings.local_window:
             kept = History(remembered(k, v), self.settings.local_window, local_past, cu_seqlens)
-            local = self.attend(q, k, v, kept, self._first_vectors(layer, kept))
+            local = local_attention(q, kept, self._first_vectors(layer, kept))
         histories = [h for h in (convolved, kept) if h is not None and h.reach]
         if getattr(layer, "record_past", False):
             z = self._recorded(layer, q, k, v, beta, g, cu_seqlens, histories)

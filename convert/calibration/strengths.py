@@ -1,9 +1,10 @@
 """How strongly a state is written and how fast it forgets: half-life, write strength and their slopes, per state head.
 
-A candidate is judged by how much of the teacher's attention context it explains, together with the skip taps and each
-with a free scale, in the metric of `statistics.py`. All heads try their candidates at once: first a coarse grid of
-half-lives and strengths, then coordinate descent, which also moves the slopes along two directions of the input that
-are read off the teacher's attention (`attention_targets`). Sums of squares on a few windows decide everything.
+A candidate is judged by how much of the teacher's attention context it explains, together with what is beside the
+state and each with a free scale, in the metric of `statistics.py`. All heads try their candidates at once: first a
+coarse grid of half-lives and strengths, then coordinate descent, which also moves the slopes along two directions of
+the input that are read off the teacher's attention (`attention_targets`). Sums of squares on a few windows decide
+everything.
 
 Shapes: B windows, T tokens, HQ query heads, Hs state heads, d head size, D hidden size.
 """
@@ -107,17 +108,14 @@ class _Search:
         self.num_states, self.group = config.num_state_heads, config.num_attention_heads // config.num_state_heads
         self.root = torch.linalg.cholesky(metric.double()).to(x.dtype)  # |e L|^2 = e^T M e
         self.context = self._measured(context)
-        values = self.v.repeat_interleave(mixer.group, 2)
-        self.taps = [self._measured(shifted(values, j)) for j in range(config.skip_taps)]
-        if config.local_window:
-            self.taps.append(self._measured(mixer.attend(self.q, self.k, self.v)))
+        self.beside = [self._measured(source) for source in beside_state(mixer, self.q, self.k, self.v)]
         self.total = _dot(self.context, self.context)
-        size = 1 + len(self.taps)
+        size = 1 + len(self.beside)
         self.gram = x.new_zeros(config.num_attention_heads, size, size, dtype=torch.float64)
         self.cross = self.gram.new_zeros(config.num_attention_heads, size)
-        for i, a in enumerate(self.taps, 1):
+        for i, a in enumerate(self.beside, 1):
             self.cross[:, i] = _dot(a, self.context)
-            for j, b in enumerate(self.taps[:i], 1):
+            for j, b in enumerate(self.beside[:i], 1):
                 self.gram[:, i, j] = self.gram[:, j, i] = _dot(a, b)
         self.best = x.new_zeros(self.num_states, 4)
         self.score = x.new_full((self.num_states,), -torch.inf)
@@ -134,7 +132,7 @@ class _Search:
         self.score = torch.where(better, score, self.score)
 
     def _explained(self, candidate: torch.Tensor) -> torch.Tensor:
-        """(Hs,): the share of the context that a least-squares combination of state and taps explains."""
+        """(Hs,): the share of the context that the state and what is beside it explain, combined by least squares."""
         config = self.mixer.config
         beta = config.beta_max * torch.sigmoid(
             candidate[:, STRENGTH] + candidate[:, STRENGTH_SLOPE] * self.along[0]
@@ -146,8 +144,8 @@ class _Search:
         z = self._measured(self.mixer.read(self.q, self.k, self.v, beta, g)[0])
         gram, cross = self.gram.clone(), self.cross.clone()
         gram[:, 0, 0], cross[:, 0] = _dot(z, z), _dot(z, self.context)
-        for i, tap in enumerate(self.taps, 1):
-            gram[:, 0, i] = gram[:, i, 0] = _dot(z, tap)
+        for i, source in enumerate(self.beside, 1):
+            gram[:, 0, i] = gram[:, i, 0] = _dot(z, source)
         ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-30)[:, None, None]
         solved = torch.linalg.solve(
             gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), cross
@@ -159,6 +157,13 @@ class _Search:
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(HQ,) sums over everything but heads, in float64."""
     return (a * b).sum((1, 3)).double().sum(0)
+
+
+def beside_state(mixer: DeltaMixer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """What a mixer adds to what it reads, (B, T, HQ, d) each: the values of its skip taps, then its local window's."""
+    values = v.repeat_interleave(mixer.group, 2)
+    taps = [shifted(values, j) for j in range(mixer.config.skip_taps)]
+    return [*taps, mixer.attend(q, k, v)] if mixer.config.local_window else taps
 
 
 def shifted(y: torch.Tensor, j: int) -> torch.Tensor:

@@ -15,36 +15,36 @@ def vectors(tokens: int, batch: int = 1, seed: int = 0):
     return make(HQ), make(KV), make(KV)
 
 
-def by_hand(q, k, v, window: int, scale: float) -> torch.Tensor:
+def by_hand(q, k, v, window: int) -> torch.Tensor:
     """(B, T, HQ, hd), token by token."""
     out = torch.empty_like(q)
     for t in range(q.shape[1]):
         seen = sorted({0, *range(max(0, t - window + 1), t + 1)})
         for head in range(HQ):
             keys, values = k[:, seen, head // (HQ // KV)], v[:, seen, head // (HQ // KV)]
-            weights = torch.softmax((keys @ q[:, t, head, :, None])[..., 0] * scale, -1)
+            weights = torch.softmax((keys @ q[:, t, head, :, None])[..., 0] * HD**-0.5, -1)
             out[:, t, head] = (weights[..., None] * values).sum(1)
     return out
 
 
-def of_text(q, k, v, window, scale, cu_seqlens=None):
+def of_text(q, k, v, window, cu_seqlens=None):
     recent = History(remembered(k, v), window, None, cu_seqlens)
-    return local_attention(q, recent, first_of(recent), scale)
+    return local_attention(q, recent, first_of(recent))
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8, 40, 64])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 16, 41])
 def test_a_token_sees_its_window_and_the_first_token(window, tokens):
     q, k, v = vectors(tokens, batch=2)
-    got = of_text(q, k, v, window, 0.7)
-    assert (got - by_hand(q, k, v, window, 0.7)).abs().max() < 1e-12
+    got = of_text(q, k, v, window)
+    assert (got - by_hand(q, k, v, window)).abs().max() < 1e-12
 
 
 def test_a_window_as_long_as_the_text_is_attention_to_all_of_it():
     q, k, v = vectors(23)
     parts = (x.transpose(1, 2) for x in (q, k, v))
-    whole = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, scale=0.3, enable_gqa=True)
-    assert (of_text(q, k, v, 23, 0.3) - whole.transpose(1, 2)).abs().max() < 1e-12
+    whole = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+    assert (of_text(q, k, v, 23) - whole.transpose(1, 2)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("window", [1, 3, 8, 30])
@@ -53,11 +53,11 @@ def test_packed_documents_do_not_see_each_other(window):
     q, k, v = vectors(sum(lengths))
     ends = torch.tensor(lengths).cumsum(0)
     cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
-    got, start = of_text(q, k, v, window, 0.7, cu_seqlens), 0
+    got, start = of_text(q, k, v, window, cu_seqlens), 0
     for length in lengths:
         part = slice(start, start + length)
         if length:
-            alone = by_hand(q[:, part], k[:, part], v[:, part], window, 0.7)
+            alone = by_hand(q[:, part], k[:, part], v[:, part], window)
             assert (got[:, part] - alone).abs().max() < 1e-12, length
         start += length
 
@@ -69,8 +69,8 @@ def test_what_is_remembered_goes_on_as_the_whole_text(window, split):
     kept = remembered(k, v)
     before = History(kept[:, :split], window)
     after = History(kept[:, split:], window, before.latest())
-    got = local_attention(q[:, split:], after, first_of(before), 0.7)
-    assert (got - by_hand(q, k, v, window, 0.7)[:, split:]).abs().max() < 1e-12
+    got = local_attention(q[:, split:], after, first_of(before))
+    assert (got - by_hand(q, k, v, window)[:, split:]).abs().max() < 1e-12
 
 
 def test_documents_that_go_on_from_a_cache():
@@ -82,8 +82,8 @@ def test_documents_that_go_on_from_a_cache():
     past = torch.cat([history.latest() for history in before])
     rest = torch.cat([torch.arange(9, 14), torch.arange(16, 30)])
     recent = History(kept[:, rest], 4, past, torch.tensor([0, 5, 19]))
-    got = local_attention(q[:, rest], recent, first, 0.7)
-    whole = [by_hand(*(x[:, part] for x in (q, k, v)), 4, 0.7) for part in (slice(0, 14), slice(14, 30))]
+    got = local_attention(q[:, rest], recent, first)
+    whole = [by_hand(*(x[:, part] for x in (q, k, v)), 4) for part in (slice(0, 14), slice(14, 30))]
     wanted = torch.cat([part[:, done:] for part, done in zip(whole, seen)], 1)
     assert (got - wanted).abs().max() < 1e-12
 
@@ -91,7 +91,7 @@ def test_documents_that_go_on_from_a_cache():
 def test_gradients_are_those_of_the_loop():
     q, k, v = (x.requires_grad_() for x in vectors(19))
     weights = torch.randn(1, 19, HQ, HD, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = torch.autograd.grad((by_hand(q, k, v, 4, 0.7) * weights).sum(), (q, k, v))
-    got = torch.autograd.grad((of_text(q, k, v, 4, 0.7) * weights).sum(), (q, k, v))
+    expected = torch.autograd.grad((by_hand(q, k, v, 4) * weights).sum(), (q, k, v))
+    got = torch.autograd.grad((of_text(q, k, v, 4) * weights).sum(), (q, k, v))
     for a, b in zip(expected, got):
         assert (a - b).abs().max() < 1e-12

@@ -6,6 +6,7 @@ from small_run import write_recipe, write_teacher
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.baselines import KINDS, main, same_budget, write
+from benchmarks.first_token import in_windows
 from convert.command import convert
 from convert.loading import load_teacher
 from deltanet import DeltaNetConfig, load_student
@@ -67,6 +68,16 @@ def test_windows_are_the_teacher_on_shorter_texts_only(teacher, tmp_path):
     assert (mine[:, seen] - theirs[:, seen]).abs().max() > 1e-4
     own = made("windows", teacher, tmp_path / "own", local_window=8)
     assert own.config.local_window == WINDOW + 8
+
+
+@pytest.mark.parametrize("has_first", [False, True])
+@torch.no_grad()
+def test_the_first_token_is_seen_or_not(has_first, teacher):
+    whole = load_teacher(teacher, torch.float32)
+    seen = 9 + has_first
+    mine, theirs = logits(in_windows(whole, HYBRID, 9, has_first).eval(), seen + 1), logits(whole, seen + 1)
+    assert (mine[:, :seen] - theirs[:, :seen]).abs().max() < 1e-5
+    assert (mine[:, seen] - theirs[:, seen]).abs().max() > 1e-4
 
 
 @torch.no_grad()
