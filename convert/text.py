@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from deltanet.config import max_context
 from deltanet.modeling import CACHE
@@ -198,6 +199,35 @@ BATCH = {"cpu": 48, "cuda": 512}
 """Rows that a teacher writes at once."""
 
 
+class ReservedLayer(DynamicLayer):
+    """Keys and values in memory that is there from the start. Those of transformers are concatenated anew at every
+    token, each time somewhere else: of many rows a card's memory is soon in pieces, and its allocator what is waited
+    for."""
+
+    def reserve(self, length: int) -> None:
+        self.whole = [x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (self.keys, self.values)]
+        self._put(0, self.keys, self.values)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        self._put(self.keys.shape[2], key_states, value_states)
+        return self.keys, self.values
+
+    def _put(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        end = start + keys.shape[2]
+        for whole, new in zip(self.whole, (keys, values)):
+            whole[:, :, start:end] = new
+        self.keys, self.values = (whole[:, :, :end] for whole in self.whole)
+
+
+def _reserved(cache, length: int):
+    """The cache of a first step; what grows by concatenation in it has room for `length` tokens now."""
+    for layer in getattr(cache, "layers", ()):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            layer.__class__ = ReservedLayer
+            layer.reserve(length)
+    return cache
+
+
 @torch.no_grad()
 def write_text(
     teacher,
@@ -240,7 +270,8 @@ def write_text(
         for position in range(1, length):
             ids = out[group, position - 1 : position].to(teacher.device)
             output = teacher(ids, cache=cache, use_cache=True, logits_to_keep=1)
-            cache = output[CACHE]
+            if cache is None:
+                cache = _reserved(output[CACHE], length)
             chances = torch.softmax(output.logits[:, -1].float(), -1)
             if not chances.isfinite().all():
                 raise UserError("--calibrate self: the teacher's logits are not finite, so it cannot write")

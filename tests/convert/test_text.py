@@ -8,6 +8,7 @@ import torch
 from demo_pair import DEMO, demo_teacher, fresh_student
 from transformers import AutoTokenizer
 
+from convert import text
 from convert.text import (
     calibration_text,
     check_sources,
@@ -185,6 +186,22 @@ def test_what_the_teacher_writes_is_likely_to_the_teacher(teacher, tokenizer):
     loss = -logs.gather(-1, rows[:, 3:, None]).mean()
     entropy = -(logs.exp() * logs).sum(-1).mean()
     assert abs(loss - entropy) < 0.25  # 488 tokens, each with a spread of about 1.5 nats
+
+
+def test_keys_and_values_stay_where_they_are_while_the_teacher_writes(teacher, tokenizer, monkeypatch):
+    """Concatenated anew at every token they leave a card's memory in pieces; what is written is the same."""
+    places = set()
+    put = text.ReservedLayer._put
+
+    def noted(layer, *args):
+        put(layer, *args)
+        places.add((layer.keys.data_ptr(), layer.values.data_ptr()))
+
+    monkeypatch.setattr(text.ReservedLayer, "_put", noted)
+    rows = write_text(teacher, tokenizer, 4, 24, seed=0)
+    assert len(places) == teacher.config.num_hidden_layers
+    monkeypatch.setattr(text, "_reserved", lambda cache, length: cache)
+    assert torch.equal(rows, write_text(teacher, tokenizer, 4, 24, seed=0))
 
 
 def test_progress_counts_every_written_token(teacher, tokenizer):
