@@ -405,6 +405,13 @@ def eval_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="lengths in tokens at which speed and memory are measured, or none (default: some that suit the device)",
     )
+    parser.add_argument(
+        "--parts",
+        default="layers",
+        metavar="WHICH",
+        help="parts that are switched off to see what they carry, with a text: those of every layer (layers, default; "
+        "minutes for a deep model), those of all delta-rule layers at once (kinds), or none",
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument(

@@ -18,6 +18,9 @@ from .subject import Subject
 
 STATE, TAPS, LOCAL, MIXER = "state", "skip taps", "local window", "mixer"
 ALL = {STATE: "all states", TAPS: "all skip taps", LOCAL: "all local windows", MIXER: "all delta-rule mixers"}
+LAYERS, KINDS, NONE = "layers", "kinds", "none"
+PARTS = (LAYERS, KINDS, NONE)
+"""Which parts are switched off: those of every layer too, those of all delta-rule layers at once alone, or none."""
 RISE, RECALL, FIRST = "loss rise, nats", "recall {}", "first {}"
 LOGIT_ROWS = 256  # positions whose float32 logits exist at once
 
@@ -28,17 +31,19 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return layers if all(isinstance(getattr(layer, "self_attn", None), nn.Module) for layer in layers) else []
 
 
-def parts_of(model: nn.Module) -> dict[str, tuple[list[nn.Module], str]]:
+def parts_of(model: nn.Module, which: str = LAYERS) -> dict[str, tuple[list[nn.Module], str]]:
     """What can be switched off, by its name: the mixers, and which of STATE, TAPS, LOCAL and MIXER of each.
 
-    First all delta-rule layers at once, where there are several, then layer by layer.
+    First all delta-rule layers at once, where there are several, then layer by layer; of `which` see PARTS.
     """
     mixers = [layer.self_attn for layer in layers_of(model)]
     linear = [mixer for mixer in mixers if isinstance(mixer, DeltaMixer)]
     parts: dict[str, tuple[list[nn.Module], str]] = {}
-    if len(linear) > 1:
+    if len(linear) > (which == LAYERS) and which != NONE:
         for switch in _switches(linear[0]):
             parts[ALL[switch]] = linear, switch
+    if which != LAYERS:
+        return parts
     for index, mixer in enumerate(mixers):
         for switch in _switches(mixer):
             parts[f"layer {index}, {switch if isinstance(mixer, DeltaMixer) else 'attention'}"] = [mixer], switch
@@ -51,6 +56,7 @@ def branches(
     teacher: Subject | None,
     ids: torch.Tensor,
     *,
+    parts: str = LAYERS,
     recalled: Callable[[nn.Module], list[dict]] = lambda model: [],
     advance: Callable[[float], None] = lambda amount: None,
 ) -> dict[str, dict[str, float]]:
@@ -58,9 +64,9 @@ def branches(
     token, and at every distance the share of a passage that is expected where it comes again (RECALL) and where it
     stands there for the first time (FIRST); and the same of the teacher, whole.
 
-    A negative rise is a part that does harm on this text. recalled: what `recall_by_distance` (convert.closeness) gives
-    for one model, as its student; not asked of a delta-rule layer among others, whose one state or taps move it within
-    the noise of so few passages (docs/evaluate.md). `advance(1)` is called per part.
+    A negative rise is a part that does harm on this text. parts: one of PARTS. recalled: what `recall_by_distance`
+    (convert.closeness) gives for one model, as its student; not asked of a delta-rule layer among others, whose one
+    state or taps move it within the noise of so few passages (docs/evaluate.md). `advance(1)` is called per part.
     """
     ids = ids.to(student.device)
     whole = mean_loss(student, ids)
@@ -70,7 +76,7 @@ def branches(
         rows["none (teacher)"] = {RISE: rise} | _by_distance(recalled(teacher.model))
     rows["none (student)"] = {RISE: 0.0} | _by_distance(recalled(student.model))
     num_linear = sum(isinstance(layer.self_attn, DeltaMixer) for layer in layers_of(student.model))
-    for name, (mixers, switch) in parts_of(student.model).items():
+    for name, (mixers, switch) in parts_of(student.model, parts).items():
         with contextlib.ExitStack() as off:
             for mixer in mixers:
                 off.enter_context(switched_off(mixer, switch))

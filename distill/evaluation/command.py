@@ -37,6 +37,7 @@ def run(arguments) -> None:
             window=arguments.window,
             limit=arguments.limit,
             task_context=arguments.task_context,
+            parts=arguments.parts,
             seed=arguments.seed,
             device=arguments.device,
             dtype=arguments.dtype,

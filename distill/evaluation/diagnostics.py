@@ -11,7 +11,7 @@ import torch
 from convert.closeness import recall_by_distance
 from convert.progress import progress
 
-from .branches import branches, parts_of
+from .branches import LAYERS, branches, parts_of
 from .drift import comparable, drift
 from .same_logits import SHORTEST as SHORTEST_TEXT
 from .same_logits import same_logits
@@ -40,6 +40,7 @@ def diagnose(
     ids: torch.Tensor,
     *,
     distances: Sequence[int] = (),
+    parts: str = LAYERS,
     seed: int = 0,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{title: {row: {column: number}}} for windows ids (N, T) int64 of text that the student was not trained on.
@@ -47,7 +48,8 @@ def diagnose(
     student may be any causal transformer: what does not apply to it is left out, and so is what a text of few tokens
     cannot tell. teacher only adds its own loss and recall beside the student's, and the layers' distances where the two
     have the same layers. distances: those that fit the windows and the models' range, rising; what a part is worth in
-    recall is asked at NEAR, where it is one of them, and at the longest. Which windows are looked at is drawn from
+    recall is asked at NEAR, where it is one of them, and at the longest. parts: what is switched off, one of
+    `branches.PARTS`. Which windows are looked at is drawn from
     `seed`.
     """
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
@@ -66,8 +68,9 @@ def diagnose(
         tokens=RECALL_TOKENS.get(student.device.type, RECALL_TOKENS["cpu"]),
         distances=asked,
     )
-    with progress("diagnostics, parts switched off", max(len(parts_of(student.model)), 1), "parts") as advance:
-        found[OFF] = branches(student, teacher, few, recalled=recalled, advance=advance)
+    if count := len(parts_of(student.model, parts)):
+        with progress("diagnostics, parts switched off", count, "parts") as advance:
+            found[OFF] = branches(student, teacher, few, parts=parts, recalled=recalled, advance=advance)
     if student.is_student and ids.shape[1] > 1:
         found[STATES] = states(student, more)
     if ids.shape[1] >= 2 * SHORTEST_CONTEXT:

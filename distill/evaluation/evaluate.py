@@ -18,10 +18,11 @@ from convert.closeness import recall, recall_by_distance
 from convert.progress import progress
 from convert.text_files import check_file
 from deltanet import DeltaNetConfig
-from deltanet_errors import UserError
+from deltanet_errors import UserError, nearest
 
 from ..export import RECIPE
 from ..metrics import read_metrics
+from .branches import LAYERS, PARTS
 from .diagnostics import diagnose
 from .language import continuations, language
 from .selection import Chosen, select
@@ -49,6 +50,7 @@ def evaluate(
     window: int | None = None,
     limit: int | None = None,
     task_context: int | None = None,
+    parts: str = LAYERS,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -59,8 +61,11 @@ def evaluate(
     text: a file, `self` (the teacher, or else the student, writes it) or `none`. tasks: see `select`. contexts: where
     speed and memory are measured; None for some that suit device and models, () for none. tokens, window: how much
     text, and in pieces of what length. limit: examples of each task. task_context: tokens of the longest example
-    of a generated one. keep: as for `measure`. Raises UserError for any wrong input, before anything is measured.
+    of a generated one. parts: what diagnostics switch off, one of PARTS. keep: as for `measure`. Raises UserError for
+    any wrong input, before anything is measured.
     """
+    if parts not in PARTS:
+        raise UserError(f"--parts {parts}: allowed are {', '.join(PARTS)}{nearest(parts, list(PARTS))}")
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: allowed is 1 or more")
     chosen = select(tasks)
@@ -93,6 +98,7 @@ def evaluate(
         task_context=task_context,
         contexts=contexts,
         max_context=longest,
+        parts=parts,
         seed=seed,
         keep=keep,
     )
@@ -112,6 +118,7 @@ def measure(
     task_context: int | None = None,
     contexts: Sequence[int] = (),
     max_context: int,
+    parts: str = LAYERS,
     seed: int = 0,
     keep: Callable[[dict], None] = lambda report: None,
 ) -> dict:
@@ -159,7 +166,7 @@ def measure(
                 report["recall"]["by_distance"] = recall_by_distance(other, student.model, held_out, **options)
         with measured("diagnostics"):
             distances = [row["distance"] for row in report.get("recall", {"by_distance": ()})["by_distance"]]
-            report["diagnostics"] = diagnose(student, teacher, windows, distances=distances, seed=seed)
+            report["diagnostics"] = diagnose(student, teacher, windows, distances=distances, parts=parts, seed=seed)
     if contexts:
         with measured("speed and memory"), progress("speed and memory", sum(contexts), "tokens") as advance:
             report |= worth(student, teacher, contexts, seed=seed, advance=advance)

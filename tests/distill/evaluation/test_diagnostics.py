@@ -15,8 +15,19 @@ from deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from deltanet.mixer import DeltaMixer
 from deltanet.modeling import CACHE
 from distill.evaluation import diagnostics as titles
-from distill.evaluation.branches import LOCAL, MIXER, RISE, STATE, TAPS, branches, switched_off
-from distill.evaluation.diagnostics import diagnose
+from distill.evaluation.branches import (
+    KINDS,
+    LOCAL,
+    MIXER,
+    NONE,
+    RISE,
+    STATE,
+    TAPS,
+    branches,
+    parts_of,
+    switched_off,
+)
+from distill.evaluation.diagnostics import OFF, diagnose
 from distill.evaluation.drift import drift
 from distill.evaluation.same_logits import same_logits
 from distill.evaluation.states import _look, states, truncated_context
@@ -130,6 +141,15 @@ def test_all_layers_go_off_together_only_where_there_are_several(changed, ids):
     torch.manual_seed(0)
     found = branches(replace(changed, model=DeltaNetForCausalLM(config).eval()), None, ids)
     assert list(found)[1:3] == ["all states", "all delta-rule mixers"]
+
+
+def test_kinds_are_asked_of_all_delta_rule_layers_at_once_alone(changed, teacher, ids):
+    kinds = branches(changed, None, ids, parts=KINDS)
+    assert list(kinds) == ["none (student)", "all states", "all skip taps", "all delta-rule mixers"]
+    layers = branches(changed, None, ids)  # which has one
+    assert kinds["all states"] == layers["layer 0, state"]
+    assert parts_of(teacher.model, KINDS) == parts_of(changed.model, NONE) == {}
+    assert OFF not in diagnose(changed, teacher, ids, parts=NONE)
 
 
 def test_recall_is_not_asked_of_one_linear_layer_among_others(changed, ids):

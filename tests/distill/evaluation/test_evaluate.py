@@ -88,6 +88,7 @@ def test_a_model_beside_itself_is_as_good(folders):
         ({"task_context": 161}, "--task-context 161: allowed is 1 to 160, the range of the model"),
         ({"text": "lost.txt"}, "--text lost.txt: no such file"),
         ({"text": "slef"}, "--text slef: not a text this can read; .*, each also .gz, self, none"),
+        ({"parts": "layer"}, "--parts layer: allowed are layers, kinds, none .did you mean 'layers'."),
         ({"tasks": ["lost"]}, "--tasks lost: no such task"),
     ],
 )
