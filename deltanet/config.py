@@ -82,8 +82,8 @@ class DeltaNetConfig(PreTrainedConfig):
     beta_max: the write strength lies in (0, beta_max); 1 or 2.
     skip_taps: how many tokens of v (this one and the ones before) bypass the state; 0 switches it off.
     read_gate: a scalar per head, linear in the input, multiplies what is read from the state.
-    local_window: how many tokens, the document's first beside them, softmax attention of a linear layer sees; 0
-        switches it off.
+    local_window: to how many last tokens, and the document's first, a linear layer attends as well; a token is written
+        into the state as it leaves them. 0 switches it off.
     mixer_bias: the linear mixer's output projection has a bias.
     conv_kernel: a causal depthwise convolution over q, k and v, identity at the start; 0 switches it off.
     qkv_activation: `silu` after the convolution (if any) on q, k and v of linear layers, else `none`.

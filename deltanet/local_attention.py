@@ -29,6 +29,17 @@ def first_of(recent: History) -> torch.Tensor:
     return recent.x[0, recent.cu_seqlens[:-1].clamp(max=recent.x.shape[1] - 1)]
 
 
+def has_past(recent: History) -> torch.Tensor:
+    """(N,) bool: whether a document goes on from tokens in the cache."""
+    return recent.past[:, -1, -1] > 0
+
+
+def forgotten(recent: History, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """k, v (B, T, KV, hd) of the token that each one drives out of the window; zeros where it has room."""
+    v, k = recent.back(recent.reach)[..., :-1].unflatten(-1, (2, heads, -1)).unbind(2)
+    return k, v
+
+
 def local_attention(q: torch.Tensor, recent: History, first: torch.Tensor) -> torch.Tensor:
     """q (B, T, HQ, hd) -> (B, T, HQ, hd): attention to the last W tokens, this one among them, and to the document's
     first.

@@ -6,8 +6,10 @@
     y_t = W_o [ read_h(x_t) z_t  +  sum_j skip_{h,j}(x_t) v_{t-j}  +  local_h(x_t) a_t ] + bias
 
 `read`, `skip` and `local` are one scalar per query head (and tap), linear in x; 1 and 0 in a plain copy, or 0, 0 and 1
-where a_t is there, the teacher's attention within `local_window` tokens (local_attention.py). Query head h of
-key/value head h // group reads state h // group (`shared`) or h (`expanded`). The operation is `deltanet.ops`.
+where a_t is there, the teacher's attention within `local_window` W tokens (local_attention.py). A token is then written
+into the state as it leaves the window, so z_t = S_{t-W}^T q_t: what is in the window is not read twice, and a text no
+longer than that not at all (measured: docs/results/students.md). Query head h of key/value head h // group reads state
+h // group (`shared`) or h (`expanded`). The operation is `deltanet.ops`.
 With `exact_start` the first token of a document makes y_0 = W_o v_0 + bias, which is what softmax over one token makes.
 
 Shapes: B batch, T tokens, D hidden size, HQ query heads, KV key/value heads, hd head size, J taps.
@@ -26,7 +28,7 @@ from deltanet_errors import UserError
 
 from .config import DeltaNetConfig
 from .history import History
-from .local_attention import first_of, local_attention, remembered
+from .local_attention import first_of, forgotten, has_past, local_attention, remembered
 from .ops import delta_rule, delta_rule_step_
 from .rollback import CAPACITY
 
@@ -38,15 +40,20 @@ LONGEST_STEP = 16
 
 
 def _aligned(memories: list[torch.Tensor]) -> torch.Tensor:
-    """(N, C, L) side by side along C, the shorter ones filled up in front."""
+    """(N, C, L) side by side along C in the first one's dtype, the shorter ones filled up in front."""
     if len(memories) == 1:
         return memories[0]
     reach = max(m.shape[2] for m in memories)
-    return torch.cat([F.pad(m, (reach - m.shape[2], 0)) for m in memories], 1)
+    return torch.cat([F.pad(m.to(memories[0].dtype), (reach - m.shape[2], 0)) for m in memories], 1)
 
 
 def _tokens(piece: slice, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if x is None else x[:, piece] for x in tensors]
+
+
+def _strengths(beta: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, heads or twice as many), for a `History`; zeros in it neither write nor forget."""
+    return beta if g is None else torch.cat([beta, g], -1)
 
 
 class Neutral(nn.Linear):
@@ -204,6 +211,19 @@ class DeltaMixer(nn.Module):
             normalize_qk=True,
         )
 
+    def read_texts(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        beta: torch.Tensor,
+        g: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """z (B, T, HQ, hd) of whole texts, behind the local window if there is one."""
+        if reach := self.settings.local_window:
+            k, v, beta, g = self._leaving(History(remembered(k, v), reach), History(_strengths(beta, g), reach))
+        return self.read(q, k, v, beta, g)[0]
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What the teacher's attention makes of whole texts within the local window, (B, T, HQ, hd)."""
         recent = History(remembered(k, v), self.settings.local_window)
@@ -273,20 +293,22 @@ class DeltaMixer(nn.Module):
 
     def _mix(self, x, position_embeddings, cache, cu_seqlens) -> torch.Tensor:
         layer = cache.layers[self.layer_idx] if cache is not None else None
-        conv_past, skip_past, local_past = self._pasts(layer)
+        conv_past, skip_past, local_past, strengths_past = self._pasts(layer)
         q, k, v, convolved = self.project(x, position_embeddings, conv_past, cu_seqlens)
         skipped = History(v.flatten(2), self.skip_reach, skip_past, cu_seqlens)
         beta, g = self.strengths(x)
-        is_first = self._first_tokens(layer, skipped) if self.settings.exact_start else None
-        local, kept = None, skipped
-        if self.settings.local_window:
-            kept = History(remembered(k, v), self.settings.local_window, local_past, cu_seqlens)
+        local, kept, strengths = None, skipped, None
+        if reach := self.settings.local_window:
+            kept = History(remembered(k, v), reach, local_past, cu_seqlens)
+            strengths = History(_strengths(beta, g), reach, strengths_past, cu_seqlens)
             local = local_attention(q, kept, self._first_vectors(layer, kept))
-        histories = [h for h in (convolved, kept) if h is not None and h.reach]
+        is_first = self._first_tokens(layer, kept) if self.settings.exact_start else None
+        writes = (k, v, beta, g) if strengths is None else self._leaving(kept, strengths)
+        histories = [h for h in (convolved, kept, strengths) if h is not None and h.reach]
         if getattr(layer, "record_past", False):
-            z = self._recorded(layer, q, k, v, beta, g, cu_seqlens, histories)
+            z = self._recorded(layer, q, *writes, cu_seqlens, histories)
         else:
-            z = self._advanced(layer, q, k, v, beta, g, cu_seqlens)
+            z = self._advanced(layer, q, *writes, cu_seqlens)
         o = self.combine(x, z.to(x.dtype), skipped, local)
         if is_first is not None:
             o = torch.where(is_first[..., None], v.repeat_interleave(self.group, dim=2).flatten(2), o)
@@ -297,23 +319,32 @@ class DeltaMixer(nn.Module):
             layer.device = x.device
         return self.o_proj(o)
 
-    def _pasts(self, layer) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The memories of the convolution, the taps and the local window; None of those that are not there.
+    def _leaving(self, recent: History, strengths: History) -> tuple[torch.Tensor | None, ...]:
+        """k, v, beta and g of the tokens that have just left the local window; zeros where it is not full yet."""
+        k, v = forgotten(recent, self.num_kv_heads)
+        beta = strengths.back(strengths.reach)
+        return k, v, *(beta.chunk(2, -1) if self.settings.mixer == "gated_delta" else (beta, None))
+
+    def _pasts(self, layer) -> tuple[torch.Tensor | None, ...]:
+        """The memories of the convolution, the taps, the local window and the strengths in it; None of those that are
+        not there.
 
         One tensor holds them all, each right-aligned. The window's begins with the values, which the taps read."""
         memory = layer.conv_states[0] if layer is not None else None
         if memory is None:
-            return None, None, None
+            return None, None, None, None
         conv_channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.conv_reach else 0
-        rows = slice(conv_channels, conv_channels + self.num_kv_heads * self.head_dim)
+        width, window = self.num_kv_heads * self.head_dim, self.settings.local_window
+        behind = conv_channels + 2 * width + 1
 
         def part(channels: slice, reach: int) -> torch.Tensor | None:
             return memory[:, channels, memory.shape[2] - reach :] if reach else None
 
         return (
             part(slice(conv_channels), self.conv_reach),
-            part(rows, self.skip_reach),
-            part(slice(conv_channels, None), self.settings.local_window),
+            part(slice(conv_channels, conv_channels + width), self.skip_reach),
+            part(slice(conv_channels, behind), window),
+            part(slice(behind, None), window),
         )
 
     @staticmethod
@@ -324,18 +355,18 @@ class DeltaMixer(nn.Module):
         if not layer.has_previous_state[0]:
             layer.keep_first(first_of(recent))
         elif recent.cu_seqlens is not None:  # rows of which nothing but padding was seen may begin now
-            layer.keep_first(torch.where(recent.past[:, -1, -1:] > 0, layer.first, first_of(recent)))
+            layer.keep_first(torch.where(has_past(recent)[:, None], layer.first, first_of(recent)))
         return layer.first
 
-    @staticmethod
-    def _first_tokens(layer, history: History) -> torch.Tensor | None:
+    def _first_tokens(self, layer, history: History) -> torch.Tensor | None:
         """(1, T), which tokens have none before them in their document; None where no token can be one."""
         if layer is None or not layer.has_previous_state[0]:
             return history.is_first()
         if history.cu_seqlens is None:
             return None
-        # Of padded rows that go on from a cache, those whose state is still empty had nothing but padding so far.
-        return history.is_first(~layer.recurrent_states[0].flatten(1).any(1))
+        # Of padded rows that go on from a cache, those whose memory is still empty had nothing but padding so far.
+        had_some = has_past(history) if self.settings.local_window else layer.recurrent_states[0].flatten(1).any(1)
+        return history.is_first(~had_some)
 
     def _advanced(self, layer, q, k, v, beta, g, cu_seqlens) -> torch.Tensor:
         """What the queries read (B, T, HQ, hd); the layer's state, if there is a layer, moves on."""

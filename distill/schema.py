@@ -96,7 +96,9 @@ class Mixer(Section):
     state_heads: Literal["expanded", "shared"] = "expanded"
     skip_conv: int = Field(4, ge=0, description="tokens of v that bypass the state")
     local_window: int = Field(
-        0, ge=0, description="tokens that softmax attention beside the state sees, and a document's first; 0 is off"
+        0,
+        ge=0,
+        description="last tokens that softmax attention sees, and the first; the state holds those before; 0 is off",
     )
     conv: int = Field(0, ge=0, description="kernel of the convolution over q, k, v; 0 is off")
     gate: Literal["read", "output", "both", "none"] = "read"

@@ -141,7 +141,7 @@ class _Search:
         if config.mixer == "gated_delta":
             offset = inverse_softplus(math.log(2) * 2.0 ** -candidate[:, HALF_LIFE])
             g = -F.softplus(offset + candidate[:, DECAY_SLOPE] * self.along[1]).expand_as(beta)
-        z = self._measured(self.mixer.read(self.q, self.k, self.v, beta, g)[0])
+        z = self._measured(self.mixer.read_texts(self.q, self.k, self.v, beta, g))
         gram, cross = self.gram.clone(), self.cross.clone()
         gram[:, 0, 0], cross[:, 0] = _dot(z, z), _dot(z, self.context)
         for i, source in enumerate(self.beside, 1):

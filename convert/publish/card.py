@@ -170,7 +170,11 @@ def _layers(config: DeltaNetConfig) -> str:
         lines.append(
             f"Layers are counted from 0. A delta-rule layer keeps {config.num_state_heads} states of {size} x {size} "
             "numbers, however long the text is"
-            + (f", and attends to the last {config.local_window} tokens and the first." if config.local_window else ".")
+            + (
+                f" of the tokens before the last {config.local_window}; to those and the first it attends."
+                if config.local_window
+                else "."
+            )
         )
     return "\n\n".join(lines)
 

@@ -1,0 +1,59 @@
+"""The linear layer with a window beside its state, against a loop over tokens. Its caches: test_modeling_cache.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_student import tiny_model
+
+from deltanet.history import History
+
+WINDOW, TOKENS = 5, 23
+
+
+def mixer_and_input(**changes):
+    mixer = tiny_model("none", local_window=WINDOW, **changes).double().model.layers[0].self_attn
+    x = torch.randn(2, TOKENS, 48, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return mixer, x
+
+
+def by_hand(mixer, q, k, v, beta, g) -> torch.Tensor:
+    """(B, T, HQ, hd): at each token what the states say that the tokens behind the window have written."""
+    q, k = F.normalize(q, dim=-1), F.normalize(mixer.expand(k), dim=-1)
+    v, heads = mixer.expand(v), k.shape[2]
+    state = q.new_zeros(len(q), heads, q.shape[-1], q.shape[-1])
+    read = torch.zeros_like(q)
+    for t in range(q.shape[1]):
+        if (left := t - WINDOW) >= 0:
+            decay = 1.0 if g is None else g[:, left, :, None, None].exp()
+            state = decay * state
+            new = v[:, left] - torch.einsum("bhkv,bhk->bhv", state, k[:, left])
+            state = state + torch.einsum("bhk,bhv->bhkv", k[:, left], beta[:, left, :, None] * new)
+        own = state.repeat_interleave(q.shape[2] // heads, 1)
+        read[:, t] = torch.einsum("bhkv,bhk->bhv", own, q[:, t])
+    return read
+
+
+@pytest.mark.parametrize("state_heads", ["shared", "expanded"])
+@pytest.mark.parametrize("kind", ["gated_delta", "delta"])
+@torch.no_grad()
+def test_a_state_holds_what_has_left_the_window(kind, state_heads):
+    mixer, x = mixer_and_input(mixer=kind, state_heads=state_heads)
+    q, k, v, _ = mixer.project(x, None)
+    beta, g = mixer.strengths(x)
+    read = mixer.read_texts(q, k, v, beta, g)
+    expected = by_hand(mixer, q, k, v, beta, g)
+    assert (read - expected).abs().max() < 1e-5  # beta and g are float32
+    assert (read[:, :WINDOW] == 0).all()
+    assert (read[:, WINDOW:].abs().amax((1, 2, 3)) > 0.01).all()
+    whole = mixer.combine(x, expected, History(v.flatten(2), 3), mixer.attend(q, k, v))
+    assert (mixer(x)[0] - mixer.o_proj(whole)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, WINDOW])
+@torch.no_grad()
+def test_a_text_no_longer_than_the_window_reads_no_state(tokens):
+    mixer, x = mixer_and_input()
+    before, longer = mixer(x[:, :tokens])[0], mixer(x[:, : WINDOW + 1])[0]
+    mixer.read_proj.weight.normal_(generator=torch.Generator().manual_seed(3))
+    assert torch.equal(before, mixer(x[:, :tokens])[0])
+    assert not torch.equal(longer, mixer(x[:, : WINDOW + 1])[0])
