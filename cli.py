@@ -163,7 +163,7 @@ def convert_parser() -> argparse.ArgumentParser:
         "--local-window",
         type=int,
         metavar="W",
-        help="softmax attention to the last W tokens and the first; the state holds those before; 0 is off (default: 0)",
+        help="softmax attention to the last W tokens and the first; the state holds those before; 0 (default) is off",
     )
     parser.add_argument(
         "--conv", type=int, metavar="K", help="convolution over q, k, v of K tokens; 0 is off (default: 0)"
