@@ -53,6 +53,8 @@ def calibrate(
     settings = settings or Settings.for_device(teacher.device)
     if settings.sequential is None:
         settings = replace(settings, sequential=set(student.config.layer_types) != {LINEAR})
+    if settings.refit_output is None:
+        settings = replace(settings, refit_output=not student.config.local_window)
     _own_outputs(teacher, student)
     start = time.monotonic()
     tokens = tokens.to(teacher.device)

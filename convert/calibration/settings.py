@@ -15,7 +15,8 @@ class Settings:
     importance: the write strength depends on the input, through how much later attention a key draws.
     decay_slope: the decay depends on the input, through how much attention still looks back past a token.
     data_dependent: read gate and skip taps depend on the input; else they are one number per head and tap.
-    refit_output: fit the output projection and its bias.
+    refit_output: fit the output projection and its bias. None: where there is no local window, which needs no other
+        than the teacher's (on text of another kind a fitted one loses a twelfth: docs/results/students.md).
     gate_ridge: penalty on the data-dependent part, in units of its mean squared feature.
     output_ridge: pull of the output projection towards the teacher's, in units of its mean squared feature.
     sequential: layers are fitted on the student's own stream; else on the teacher's, each by itself. None: where the
@@ -32,7 +33,7 @@ class Settings:
     importance: bool = True
     decay_slope: bool = False
     data_dependent: bool = True
-    refit_output: bool = True
+    refit_output: bool | None = None
     gate_ridge: float = 0.03
     output_ridge: float = 1.0
     sequential: bool | None = None

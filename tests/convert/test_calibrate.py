@@ -1,5 +1,7 @@
 """Calibration as a whole, on the embedded demo teacher. Twin of convert/calibrate.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from demo_pair import demo_teacher, demo_windows, divergence, fresh_student
@@ -94,6 +96,19 @@ def test_only_new_tensors_and_output_projections_of_linear_layers_change(teacher
     }
     assert changed <= allowed
     assert {name.split(".")[4] for name in changed} >= {"b_proj", "a_proj", "read_proj", "skip_proj", "o_proj"}
+
+
+def test_beside_a_local_window_the_output_projection_stays_the_teachers(teacher, windows):
+    fit, held_out = windows
+    kept = fresh_student(teacher, "none", local_window=8)
+    fitted = fresh_student(teacher, "none", local_window=8)
+    before = divergence(teacher, kept, held_out)
+    calibrate(teacher, kept, fit, FAST)
+    calibrate(teacher, fitted, fit, replace(FAST, refit_output=True))
+    for layer, mine, other in zip(teacher.model.layers, kept.model.layers, fitted.model.layers):
+        assert torch.equal(layer.self_attn.o_proj.weight, mine.self_attn.o_proj.weight)
+        assert not torch.equal(layer.self_attn.o_proj.weight, other.self_attn.o_proj.weight)
+    assert divergence(teacher, kept, held_out) < before
 
 
 def test_the_teacher_is_left_alone(teacher, calibrated):
