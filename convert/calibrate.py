@@ -40,7 +40,8 @@ def calibrate(
     folder: str | Path | None = None,
     advance: Callable[[float], None] | None = None,
 ) -> dict:
-    """Fits the new tensors and the output projections of the student's linear layers in place; returns a report.
+    """Fits the new tensors of the student's linear layers in place, and their output projections where there is no
+    local window (`Settings.refit_output`); returns a report.
 
     teacher has attention in every layer; student has the same weights and neutral linear layers; both float32 on one
     device. tokens (N, T) int64 are windows of text. Without `settings` the device decides how wide the search is.

@@ -211,18 +211,12 @@ class DeltaMixer(nn.Module):
             normalize_qk=True,
         )
 
-    def read_texts(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        beta: torch.Tensor,
-        g: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """z (B, T, HQ, hd) of whole texts, behind the local window if there is one."""
+    def read_texts(self, q: torch.Tensor, *writes: torch.Tensor | None) -> torch.Tensor:
+        """z (B, T, HQ, hd) of whole texts, behind the local window if there is one; writes: k, v, beta and g."""
         if reach := self.settings.local_window:
-            k, v, beta, g = self._leaving(History(remembered(k, v), reach), History(_strengths(beta, g), reach))
-        return self.read(q, k, v, beta, g)[0]
+            k, v, beta, g = writes
+            writes = self._leaving(History(remembered(k, v), reach), History(_strengths(beta, g), reach))
+        return self.read(q, *writes)[0]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What the teacher's attention makes of whole texts within the local window, (B, T, HQ, hd)."""
