@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from .cosine_kernel import one_minus_cosine
+
 Count = float | torch.Tensor
 
 
@@ -22,8 +24,9 @@ def _wide(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor, count: Count) -> torch.Tensor:
-    count = count.to(values.device) if isinstance(count, torch.Tensor) else values.new_full((), count)
-    return values.sum() / count.clamp(min=1)
+    if isinstance(count, torch.Tensor):
+        return values.sum() / count.to(values.device).clamp(min=1)
+    return values.sum() / max(count, 1)
 
 
 def mse(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, num_valid: Count) -> torch.Tensor:
@@ -40,6 +43,9 @@ def l2(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, num_va
 
 def cosine(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, num_valid: Count) -> torch.Tensor:
     """Mean over positions of 1 - cos(student, teacher)."""
+    if student.is_cuda and student.dtype != torch.float64:
+        rows = one_minus_cosine(student.flatten(0, -2), teacher.flatten(0, -2), valid)
+        return _mean(rows, num_valid)
     similarity = F.cosine_similarity(_wide(student, valid), _wide(teacher.detach(), valid), dim=-1)
     return _mean(1 - similarity, num_valid)
 
