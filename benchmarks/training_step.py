@@ -1,6 +1,7 @@
 """What a step of a small student costs a GPU and its host: forward and backward of distillation, without an optimizer.
 
-    python -m benchmarks.training_step [--sequences 32] [--taps 4] [--local-window 0] [--compile] [--profile]
+    python -m benchmarks.training_step [--sequences 32] [--taps 4] [--local-window 0] [--hidden-cosine]
+        [--compile] [--profile]
 
 SmolLM2-135M's shapes, one attention layer in four, gated_delta, random weights in bfloat16, packed sequences of 1,024
 random tokens. Prints milliseconds and tokens a second over --steps, peak memory, and with --profile the kernels' and
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--taps", type=int, default=4)
     parser.add_argument("--local-window", type=int, default=0)
     parser.add_argument("--state-heads", default="expanded", choices=STATE_HEADS)
+    parser.add_argument("--hidden-cosine", action="store_true", help="the loss on hidden states too")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true")
@@ -55,7 +57,8 @@ def main() -> None:
     models = [skeleton(config) for config in (student, teacher)]
     models = [Drawn(model, seed, device).fill(model, torch.bfloat16) for seed, model in enumerate(models)]
     models[1].eval().requires_grad_(False)
-    module = Whole(*models, Stage(kind="distil", steps=1, losses=[Loss(name="forward_kl")]))
+    losses = ["forward_kl", *(["hidden_cosine"] if arguments.hidden_cosine else [])]
+    module = Whole(*models, Stage(kind="distil", steps=1, losses=[Loss(name=name) for name in losses]))
     if arguments.compile:
         compile_layers(module)
     batch = make_batch([sequence(i, LENGTH, SHAPE["vocab_size"]) for i in range(arguments.sequences)], device)
