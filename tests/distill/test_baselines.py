@@ -6,7 +6,7 @@ from small_run import write_recipe, write_teacher
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.baselines import KINDS, main, same_budget, write
-from benchmarks.first_token import in_windows
+from benchmarks.windows import in_windows
 from convert.command import convert
 from convert.loading import load_teacher
 from deltanet import DeltaNetConfig, load_student
