@@ -1,7 +1,7 @@
 """1 - cos of rows and its gradient in one Triton kernel each: two reads of the rows, one write.
 
-In plain PyTorch a layer of 16,384 x 576 takes some thirty kernels over float32 copies; a model has a layer's worth for
-each of its layers. Values: `hidden_losses.cosine`. Twin: tests/distill/test_cosine_kernel.py.
+In plain PyTorch a layer takes dozens of kernels over float32 copies of its hidden states.
+Values: `hidden_losses.cosine`. Twin: tests/distill/test_cosine_kernel.py.
 """
 
 import torch

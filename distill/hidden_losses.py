@@ -13,8 +13,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from .cosine_kernel import one_minus_cosine
-
 Count = float | torch.Tensor
 
 
@@ -44,6 +42,8 @@ def l2(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, num_va
 def cosine(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, num_valid: Count) -> torch.Tensor:
     """Mean over positions of 1 - cos(student, teacher)."""
     if student.is_cuda and student.dtype != torch.float64:
+        from .cosine_kernel import one_minus_cosine
+
         rows = one_minus_cosine(student.flatten(0, -2), teacher.flatten(0, -2), valid)
         return _mean(rows, num_valid)
     similarity = F.cosine_similarity(_wide(student, valid), _wide(teacher.detach(), valid), dim=-1)
