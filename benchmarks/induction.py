@@ -14,10 +14,11 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from convert.command import load_tokenizer
-from convert.loading import load_teacher
+from convert.layouts import parse_layout
+from convert.loading import load_teacher, student_from_teacher
+from convert.plan import student_config
 from convert.sources import open_source
 from convert.text import tokenise
 from convert.text_files import read_documents
@@ -28,18 +29,22 @@ LENGTH, PASSAGE, START, CUE = 1024, 48, 200, 8
 STRENGTHS = (1.0, 0.3, 0.1, 0.03)
 
 
-def queries_and_keys(teacher: DeltaNetForCausalLM, row: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of every layer q (HQ, T, hd) and k repeated to as many heads, as its softmax sees them. row (T)."""
+def linear_twin(teacher: DeltaNetForCausalLM) -> DeltaNetForCausalLM:
+    """The teacher with a mixer in the place of every attention, of the same weights."""
+    layout = parse_layout("none", teacher.config.layer_types, teacher.config.sliding_window)
+    return student_from_teacher(teacher, student_config(teacher.config, layout), share=True)
+
+
+def queries_and_keys(
+    teacher: DeltaNetForCausalLM, twin: DeltaNetForCausalLM, row: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of every layer q (HQ, T, hd) and k repeated to as many heads, as the teacher's softmax sees them. row (T)."""
     found = []
 
     def note(layer, inputs, named):
-        x, rotations = inputs[0], named["position_embeddings"]
-        q, k = (projection(x).unflatten(-1, (-1, layer.head_dim)) for projection in (layer.q_proj, layer.k_proj))
-        if layer.config.qk_norm == "head":
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        if rotations is not None:
-            q, k = apply_rotary_pos_emb(q, k, *rotations, unsqueeze_dim=2)
-        found.append((q[0].transpose(0, 1), k[0].transpose(0, 1).repeat_interleave(layer.num_key_value_groups, 0)))
+        mixer = twin.model.layers[layer.layer_idx].self_attn
+        q, k, _, _ = mixer.project(inputs[0], named["position_embeddings"])
+        found.append((q[0].transpose(0, 1), k[0].transpose(0, 1).repeat_interleave(mixer.group, 0)))
 
     handles = [layer.self_attn.register_forward_pre_hook(note, with_kwargs=True) for layer in teacher.model.layers]
     teacher.model(input_ids=row[None], use_cache=False)
@@ -80,12 +85,13 @@ def main() -> None:
     with open_source(arguments.teacher) as found:
         teacher, tokenizer = load_teacher(found.folder, torch.float32), load_tokenizer(found.folder)
     text = tokenise(tokenizer, read_documents(arguments.text), arguments.rows, LENGTH, arguments.text, in_order=True)
+    twin = linear_twin(teacher)
     copy = torch.arange(CUE, PASSAGE - 1)
     wanted, seen, share = START + copy + 1, {}, 0.0
     for distance in arguments.distances:
         again = text.clone()
         again[:, START + distance : START + distance + PASSAGE] = text[:, START : START + PASSAGE]
-        seen[distance] = [queries_and_keys(teacher, row) for row in again]
+        seen[distance] = [queries_and_keys(teacher, twin, row) for row in again]
         for layers in seen[distance]:
             share = share + torch.stack(
                 [attention(q, k)[:, START + distance + copy, wanted].mean(-1) for q, k in layers]

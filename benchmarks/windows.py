@@ -61,6 +61,9 @@ def main() -> None:
     }
     whole = {file: final_states(teacher, ids) for file, ids in texts.items()}
     probe = {"most": max_context(teacher.config), "tokens": RECALL_TOKENS, "distances": arguments.recall}
+    first = texts[arguments.texts[0]]
+    if known := recall_by_distance(teacher, None, first, **probe):
+        print("teacher: " + "; ".join(f"recall at {row['distance']} {row['teacher']:.3f}" for row in known))
     kinds = (True, False) if arguments.without_first else (True,)
     for hybrid, has_first, window in product(arguments.hybrids, kinds, arguments.windows):
         student = in_windows(teacher, hybrid, window, has_first).eval()
@@ -69,8 +72,8 @@ def main() -> None:
             scores = compare(teacher, student, {"teacher": whole[file], "student": final_states(student, ids)}, ids)
             ratio = scores["student"]["perplexity"] / scores["teacher"]["perplexity"]
             cells.append(f"{file} {ratio:.3f}x, KL {scores['student']['kl']:.3f}")
-        for row in recall_by_distance(teacher, student, texts[arguments.texts[0]], **probe):
-            cells.append(f"recall at {row['distance']} {row['student']:.3f} for {row['teacher']:.3f}")
+        for row in recall_by_distance(None, student, first, **probe):
+            cells.append(f"recall at {row['distance']} {row['student']:.3f}")
         print(f"{hybrid}, {window} tokens{' and the first' if has_first else ''}: {'; '.join(cells)}", flush=True)
 
 

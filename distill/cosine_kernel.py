@@ -26,7 +26,6 @@ def cosine_kernel(
     t = tl.load(teacher + row * teacher_row + at, mask=inside, other=0.0).to(tl.float32)
     s_norm = tl.maximum(tl.sqrt(tl.sum(s * s, 0)), shortest)
     t_norm = tl.maximum(tl.sqrt(tl.sum(t * t, 0)), shortest)
-    # Both of unit length first: the product of two norms can leave the range of float32.
     s, t = s / s_norm, t / t_norm
     cosine = tl.sum(s * t, 0)
     if BACKWARD:

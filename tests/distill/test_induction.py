@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_run import write_teacher
 
-from benchmarks.induction import attention, main, queries_and_keys, state_read, told
+from benchmarks.induction import attention, linear_twin, main, queries_and_keys, state_read, told
 from convert.loading import load_teacher
 
 
@@ -20,7 +20,7 @@ def test_its_attention_is_the_teachers(folder):
     teacher, row = load_teacher(folder, torch.float32), torch.arange(3, 43)
     mixed = []
     handle = teacher.model.layers[1].self_attn.register_forward_hook(lambda layer, x, out: mixed.append((x[0], out[0])))
-    q, k = queries_and_keys(teacher, row)[1]
+    q, k = queries_and_keys(teacher, linear_twin(teacher), row)[1]
     handle.remove()
     (x, out), layer = mixed[0], teacher.model.layers[1].self_attn
     v = layer.v_proj(x)[0].unflatten(-1, (-1, layer.head_dim)).transpose(0, 1)
