@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from deltanet.config import MIXERS, STATE_HEADS
+from deltanet.config import FEATURE_MAPS, MIXERS, STATE_HEADS
 from deltanet_errors import UserError, nearest, one_line
 
 from .checkpoint import open_checkpoint
@@ -47,6 +47,7 @@ def convert(
     hybrid: str = "global2",
     mixer: str | None = None,
     state_heads: str | None = None,
+    feature_map: str | None = None,
     skip_conv: int | None = None,
     local_window: int | None = None,
     conv: int | None = None,
@@ -79,7 +80,7 @@ def convert(
     from .text import check_sources
 
     out = None if output is None else Path(output)
-    options = mixer_options(mixer, state_heads, skip_conv, local_window, conv, gate, beta_range, compat)
+    options = mixer_options(mixer, state_heads, feature_map, skip_conv, local_window, conv, gate, beta_range, compat)
     where = pick_device(device)
     target_dtype = WEIGHT_DTYPES.get(_one_of("--dtype", dtype, ("auto", *WEIGHT_DTYPES)))
     limit = parse_size("--max-shard-size", max_shard_size)
@@ -160,6 +161,7 @@ def convert(
 def mixer_options(
     mixer: str | None,
     state_heads: str | None,
+    feature_map: str | None,
     skip_conv: int | None,
     local_window: int | None,
     conv: int | None,
@@ -169,11 +171,13 @@ def mixer_options(
 ) -> dict:
     """Arguments of `student_config` from the options of the command line, None where one is not given. Raises
     UserError naming the option."""
-    given = {"mixer": mixer, "state_heads": state_heads, "skip_conv": skip_conv, "local_window": local_window}
-    settled = resolve(compat, given | {"conv": conv, "gate": gate, "beta_range": beta_range})
+    given = {"mixer": mixer, "state_heads": state_heads, "feature_map": feature_map, "skip_conv": skip_conv}
+    given |= {"local_window": local_window, "conv": conv, "gate": gate, "beta_range": beta_range}
+    settled = resolve(compat, given)
     options = {
         "mixer": _one_of("--mixer", settled["mixer"], MIXERS),
         "state_heads": _one_of("--state-heads", settled["state_heads"], STATE_HEADS),
+        "feature_map": _one_of("--feature-map", settled["feature_map"], FEATURE_MAPS),
         "skip_taps": _at_least("--skip-conv", settled["skip_conv"], 0),
         "local_window": _at_least("--local-window", settled["local_window"], 0),
         "conv_kernel": _at_least("--conv", settled["conv"], 0),

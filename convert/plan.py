@@ -122,9 +122,9 @@ def unused_norms(config: DeltaNetConfig) -> set[str]:
 
 
 def new_tensors(config: DeltaNetConfig, layer: int, dtype: torch.dtype) -> list[Move]:
-    """What a linear layer has and no teacher: beta one half, half-life 16 tokens, read gate 1, taps 0 (with
-    a local window that 1 and the read gate 0), convolution `first_tap` times the identity, output gate's projection 0,
-    output bias 0."""
+    """What a linear layer has and no teacher: feature maps that change nothing (weights 0), beta one half, half-life
+    16 tokens, read gate 1, taps 0 (with a local window that 1 and the read gate 0), convolution `first_tap` times the
+    identity, output gate's projection 0, output bias 0."""
     hidden, heads, states = config.hidden_size, config.num_attention_heads, config.num_state_heads
     width, kv_width = heads * config.head_dim, config.num_key_value_heads * config.head_dim
     moves: list[Move] = []
@@ -138,6 +138,9 @@ def new_tensors(config: DeltaNetConfig, layer: int, dtype: torch.dtype) -> list[
         if bias is not None:
             add(f"{name}.bias", (rows,), bias)
 
+    if config.feature_map == "linear":
+        add("q_map.weight", (heads, config.head_dim, config.head_dim))
+        add("k_map.weight", (states, config.head_dim, config.head_dim))
     add_linear("b_proj", states, 0.0 if config.beta_bias else None)
     if config.mixer == "gated_delta":
         add_linear("a_proj", states, PLAIN_DECAY_BIAS)

@@ -19,6 +19,7 @@ MOST_LAYERS = 10_000
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 MIXERS = ("gated_delta", "delta")
 STATE_HEADS = ("shared", "expanded")
+FEATURE_MAPS = ("none", "linear")
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -79,6 +80,7 @@ class DeltaNetConfig(PreTrainedConfig):
     qk_norm: `head` for an RMS norm over head_dim of q and k before RoPE (Qwen3), else `none`.
     mixer: `gated_delta` (input-dependent decay) or `delta` (none).
     state_heads: one state per key/value head (`shared`) or one per query head (`expanded`).
+    feature_map: `linear` for a learned map per head of the q and k that read and write the state, else `none`.
     beta_max: the write strength lies in (0, beta_max); 1 or 2.
     skip_taps: how many tokens of v (this one and the ones before) bypass the state; 0 switches it off.
     read_gate: a scalar per head, linear in the input, multiplies what is read from the state.
@@ -127,6 +129,7 @@ class DeltaNetConfig(PreTrainedConfig):
 
     mixer: str = "gated_delta"
     state_heads: str = "expanded"
+    feature_map: str = "none"
     beta_max: float | int = 1.0
     skip_taps: int = 4
     read_gate: bool = True
@@ -178,6 +181,7 @@ class DeltaNetConfig(PreTrainedConfig):
         for field, allowed in (
             ("mixer", MIXERS),
             ("state_heads", STATE_HEADS),
+            ("feature_map", FEATURE_MAPS),
             ("qk_norm", ("none", "head")),
             ("qkv_activation", ("none", "silu")),
             ("gate_activation", ("sigmoid", "silu")),

@@ -1,6 +1,7 @@
 """DeltaMixer, the layer that stands where softmax attention stood.
 
-    q, k, v = projections of x as the teacher's (biases, q/k-norm, RoPE), then q and k of unit length
+    q, k, v = projections of x as the teacher's (biases, q/k-norm, RoPE); what reads and writes the state goes through a
+        learned map per head if `feature_map` is `linear`, and q and k are then of unit length
     beta = beta_max * sigmoid(b(x))       g = -softplus(a(x))  (`gated_delta`; 0 for `delta`)
     S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T            z_t = S_t^T q_t
     y_t = W_o [ read_h(x_t) z_t  +  sum_j skip_{h,j}(x_t) v_{t-j}  +  local_h(x_t) a_t ] + bias
@@ -80,6 +81,21 @@ class Neutral(nn.Linear):
         return F.linear(x, weight, bias)[..., : self.out_features]
 
 
+class FeatureMap(nn.Module):
+    """x (B, T, H, hd) -> x + x W_h, a linear map of its own for every head, the identity at the start."""
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, head_dim, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.einsum("bthd,hde->bthe", x, self.weight.to(x.dtype))
+
+
 class Convolution(nn.Module):
     """A causal depthwise convolution over tokens, `tap` times the identity at the start; weight (channels, kernel)."""
 
@@ -117,6 +133,9 @@ class DeltaMixer(nn.Module):
         if self.norms_qk:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        if config.feature_map == "linear":
+            self.q_map = FeatureMap(self.num_heads, self.head_dim)
+            self.k_map = FeatureMap(state_heads, self.head_dim)
         self.b_proj = Neutral(hidden, state_heads, bias=config.beta_bias)
         if config.mixer == "gated_delta":
             self.a_proj = Neutral(hidden, state_heads, math.log(math.expm1(math.log(2) / PLAIN_HALF_LIFE)))
@@ -141,7 +160,7 @@ class DeltaMixer(nn.Module):
     def reset_to_plain_copy(self) -> None:
         """Puts every parameter that no teacher has at its neutral value."""
         for module in self.children():
-            if isinstance(module, (Neutral, Convolution)):
+            if isinstance(module, (Neutral, FeatureMap, Convolution)):
                 module.reset_parameters()
         if self.config.head_norm:
             nn.init.ones_(self.head_norm.weight)
@@ -186,6 +205,11 @@ class DeltaMixer(nn.Module):
         """(B, T, KV, hd) -> one row per state head: head h gets key/value head h // group."""
         return y.repeat_interleave(self.group, dim=2) if self.settings.state_heads == "expanded" else y
 
+    def features(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q (B, T, HQ, hd) as it reads a state, and k (B, T, KV, hd) as it is written, a row per state head."""
+        k = self.expand(k)
+        return (self.q_map(q), self.k_map(k)) if self.settings.feature_map == "linear" else (q, k)
+
     def read(
         self,
         q: torch.Tensor,
@@ -197,10 +221,12 @@ class DeltaMixer(nn.Module):
         state: torch.Tensor | None = None,
         return_state: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z (B, T, HQ, hd), what the query heads read from the states, and the final state if asked for."""
+        """z (B, T, HQ, hd), what the query heads read from the states, and the final state if asked for.
+
+        q and k are `features`, v (B, T, KV, hd) and strengths as projected."""
         return delta_rule(
             q,
-            self.expand(k),
+            k,
             self.expand(v),
             beta,
             g=g,
@@ -216,7 +242,8 @@ class DeltaMixer(nn.Module):
         if reach := self.settings.local_window:
             k, v, beta, g = writes
             writes = self._leaving(History(remembered(k, v), reach), History(_strengths(beta, g), reach))
-        return self.read(q, *writes)[0]
+        k, *others = writes
+        return self.read(*self.features(q, k), *others)[0]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What the teacher's attention makes of whole texts within the local window, (B, T, HQ, hd)."""
@@ -297,12 +324,13 @@ class DeltaMixer(nn.Module):
             strengths = History(_strengths(beta, g), reach, strengths_past, cu_seqlens)
             local = local_attention(q, kept, self._first_vectors(layer, kept))
         is_first = self._first_tokens(layer, kept) if self.settings.exact_start else None
-        writes = (k, v, beta, g) if strengths is None else self._leaving(kept, strengths)
+        left, *others = (k, v, beta, g) if strengths is None else self._leaving(kept, strengths)
+        features = self.features(q, left)
         histories = [h for h in (convolved, kept, strengths) if h is not None and h.reach]
         if getattr(layer, "record_past", False):
-            z = self._recorded(layer, q, *writes, cu_seqlens, histories)
+            z = self._recorded(layer, *features, *others, cu_seqlens, histories)
         else:
-            z = self._advanced(layer, q, *writes, cu_seqlens)
+            z = self._advanced(layer, *features, *others, cu_seqlens)
         o = self.combine(x, z.to(x.dtype), skipped, local)
         if is_first is not None:
             o = torch.where(is_first[..., None], v.repeat_interleave(self.group, dim=2).flatten(2), o)
@@ -367,7 +395,7 @@ class DeltaMixer(nn.Module):
         state = layer.recurrent_states[0] if layer is not None else None
         in_place = state is not None and cu_seqlens is None and q.shape[1] <= LONGEST_STEP
         if in_place and not torch.is_grad_enabled():
-            return delta_rule_step_(q, self.expand(k), self.expand(v), beta, state, g=g, scale=1.0, normalize_qk=True)
+            return delta_rule_step_(q, k, self.expand(v), beta, state, g=g, scale=1.0, normalize_qk=True)
         z, final = self.read(q, k, v, beta, g, cu_seqlens, state, return_state=layer is not None)
         if layer is not None:
             self._store(layer, "recurrent_states", final)
@@ -394,7 +422,7 @@ class DeltaMixer(nn.Module):
             layer.has_previous_state[0] = True
             layer.settle()
         q, k, v, beta, g = _tokens(slice(head, None), q, k, v, beta, g)
-        layer.note(self.expand(k), self.expand(v), beta, g, vectors[..., head:] if histories else None)
+        layer.note(k, self.expand(v), beta, g, vectors[..., head:] if histories else None)
         read.append(self._advanced(layer, q, k, v, beta, g, None))
         return torch.cat(read, 1)
 

@@ -35,7 +35,7 @@ from deltanet_errors import UserError
 
 from .bounds import refuse_misfits, refuse_oversized, weights_folder
 from .config import DeltaNetConfig
-from .mixer import Convolution, DeltaMixer, Neutral
+from .mixer import Convolution, DeltaMixer, FeatureMap, Neutral
 from .packed_attention import packed_attention
 from .rollback import StateLayer
 
@@ -187,7 +187,7 @@ class DeltaNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (Neutral, Convolution)):
+        if isinstance(module, (Neutral, FeatureMap, Convolution)):
             module.reset_parameters()
         else:
             super()._init_weights(module)

@@ -24,8 +24,8 @@ from deltanet_errors import UserError
 from .data import Corpus
 from .schema import Stage
 
-_MIXER = ("mixer", "state_heads", "beta_max", "skip_taps", "local_window", "read_gate", "mixer_bias", "conv_kernel",
-          "qkv_activation", "linear_qk_norm", "beta_bias", "output_gate", "gate_activation", "head_norm",
+_MIXER = ("mixer", "state_heads", "feature_map", "beta_max", "skip_taps", "local_window", "read_gate", "mixer_bias",
+          "conv_kernel", "qkv_activation", "linear_qk_norm", "beta_bias", "output_gate", "gate_activation", "head_norm",
           "exact_start")  # fmt: skip
 
 

@@ -94,6 +94,9 @@ class Mixer(Section):
     )
     mixer: Literal["gated_delta", "delta"] = "gated_delta"
     state_heads: Literal["expanded", "shared"] = "expanded"
+    feature_map: Literal["none", "linear"] = Field(
+        "none", description="of the queries and keys of a state: learned, per head, the identity at the start"
+    )
     skip_conv: int = Field(4, ge=0, description="tokens of v that bypass the state")
     local_window: int = Field(
         0,

@@ -90,13 +90,17 @@ def test_a_dry_run_prints_every_tensor_and_writes_nothing(teacher, tmp_path, cap
 
 
 def test_every_mixer_option_reaches_the_config(teacher, tmp_path):
-    options = "--mixer delta --state-heads shared --skip-conv 2 --local-window 8 --conv 3 --gate both --beta-range 2"
+    options = (
+        "--mixer delta --state-heads shared --feature-map linear --skip-conv 2 --local-window 8 --conv 3 --gate both "
+        "--beta-range 2"
+    )
     arguments = [*options.split(), "--hybrid", "none", "--calibrate", "none", "--dtype", "bfloat16"]
     assert run(teacher, "-o", tmp_path / "student", *arguments) == 0
     config = json.loads((tmp_path / "student" / "config.json").read_text())
     wanted = {
         "mixer": "delta",
         "state_heads": "shared",
+        "feature_map": "linear",
         "skip_taps": 2,
         "local_window": 8,
         "conv_kernel": 3,
@@ -118,6 +122,7 @@ def test_every_mixer_option_reaches_the_config(teacher, tmp_path):
         (["--hybrid", "globl2"], "global2"),
         (["--mixer", "gated-delta"], "gated_delta"),
         (["--state-heads", "share"], "shared"),
+        (["--feature-map", "relu"], "--feature-map relu: allowed"),
         (["--skip-conv", "-1"], "--skip-conv"),
         (["--local-window", "-1"], "--local-window"),
         (["--local-window", "3"], "--local-window 3: allowed are 0"),

@@ -53,6 +53,8 @@ def test_the_expected_tensors_are_the_models(family, tmp_path):
         {"conv_kernel": 4, "output_gate": True, "head_norm": True},
         {"skip_taps": 1, "beta_max": 2},
         {"local_window": 8},
+        {"feature_map": "linear"},
+        {"feature_map": "linear", "state_heads": "shared"},
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -18,7 +18,11 @@ def mixer_and_input(**changes):
 
 def by_hand(mixer, q, k, v, beta, g) -> torch.Tensor:
     """(B, T, HQ, hd): at each token what the states say that the tokens behind the window have written."""
-    q, k = F.normalize(q, dim=-1), F.normalize(mixer.expand(k), dim=-1)
+    k = mixer.expand(k)
+    if mixer.config.feature_map == "linear":
+        own = (torch.eye(8) + module.weight for module in (mixer.q_map, mixer.k_map))
+        q, k = (torch.stack([x[:, :, head] @ m for head, m in enumerate(w)], 2) for x, w in zip((q, k), own))
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     v, heads = mixer.expand(v), k.shape[2]
     state = q.new_zeros(len(q), heads, q.shape[-1], q.shape[-1])
     read = torch.zeros_like(q)
@@ -33,11 +37,12 @@ def by_hand(mixer, q, k, v, beta, g) -> torch.Tensor:
     return read
 
 
+@pytest.mark.parametrize("feature_map", ["none", "linear"])
 @pytest.mark.parametrize("state_heads", ["shared", "expanded"])
 @pytest.mark.parametrize("kind", ["gated_delta", "delta"])
 @torch.no_grad()
-def test_a_state_holds_what_has_left_the_window(kind, state_heads):
-    mixer, x = mixer_and_input(mixer=kind, state_heads=state_heads)
+def test_a_state_holds_what_has_left_the_window(kind, state_heads, feature_map):
+    mixer, x = mixer_and_input(mixer=kind, state_heads=state_heads, feature_map=feature_map)
     q, k, v, _ = mixer.project(x, None)
     beta, g = mixer.strengths(x)
     read = mixer.read_texts(q, k, v, beta, g)

@@ -22,6 +22,8 @@ VARIANTS = {
     "exact-start": {"exact_start": True},
     "local": {"local_window": 6, "exact_start": True},
     "local-conv": {"local_window": 4, "conv_kernel": 6, "state_heads": "shared"},
+    "mapped": {"feature_map": "linear"},
+    "local-mapped": {"local_window": 6, "feature_map": "linear", "state_heads": "shared"},
     "local-untapped": {"local_window": 40, "skip_taps": 0},
     "qwen3-like": {"qk_norm": "head", "qkv_bias": True},
 }

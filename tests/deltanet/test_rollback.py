@@ -17,6 +17,7 @@ VARIANTS = {
     "delta": {"mixer": "delta", "beta_max": 2.0, "state_heads": "shared"},
     "conv": {"conv_kernel": 4, "skip_taps": 2, "output_gate": True},
     "local": {"local_window": 5, "exact_start": True},
+    "local-mapped": {"local_window": 5, "feature_map": "linear"},
     "bare": {"skip_taps": 0, "read_gate": False, "mixer_bias": False},
 }
 EXACT = 1e-5  # float32 logits of order 1 to 10

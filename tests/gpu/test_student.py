@@ -10,6 +10,8 @@ VARIANTS = {
     "shared": {"state_heads": "shared"},
     "delta": {"mixer": "delta", "beta_max": 2.0},
     "local": {"local_window": 16},
+    "mapped": {"feature_map": "linear", "state_heads": "shared"},
+    "local-mapped": {"local_window": 16, "feature_map": "linear"},
 }
 
 

@@ -151,14 +151,15 @@ def test_one_error_names_everything_that_the_format_cannot_express(tmp_path):
         "mlp_bias": True,
         "qk_norm": "head",
         "state_heads": "shared",
+        "feature_map": "linear",
         "rope_parameters": scaled,
     }
     tiny_model("global", exact_start=True, **changes).save_pretrained(tmp_path / "student")
     with pytest.raises(UserError) as error:
         write_format(tmp_path / "student", tmp_path / "out", "fla")
     for item in ("RoPE in linear layers", "RoPE scaling (linear)", "qkv_activation", "qkv_bias", "mixer_bias",
-                 "mlp_bias", "beta_bias", "skip_taps 4", "read_gate", "head_norm", "exact_start", "state_heads",
-                 "q/k norms in attention layers", "linear_qk_norm"):  # fmt: skip
+                 "mlp_bias", "beta_bias", "skip_taps 4", "feature_map linear", "read_gate", "head_norm", "exact_start",
+                 "state_heads", "q/k norms in attention layers", "linear_qk_norm"):  # fmt: skip
         assert item in str(error.value), item
     assert {path.name for path in tmp_path.iterdir()} == {"student"}
 
