@@ -62,3 +62,15 @@ def test_a_text_no_longer_than_the_window_reads_no_state(tokens):
     mixer.read_proj.weight.normal_(generator=torch.Generator().manual_seed(3))
     assert torch.equal(before, mixer(x[:, :tokens])[0])
     assert not torch.equal(longer, mixer(x[:, : WINDOW + 1])[0])
+
+
+@torch.no_grad()
+def test_a_feature_map_changes_nothing_until_it_is_trained():
+    mixer, x = mixer_and_input(feature_map="linear")
+    trained = mixer(x)[0]
+    for module in (mixer.q_map, mixer.k_map):
+        module.reset_parameters()
+    start = mixer(x)[0]
+    mixer.features = lambda q, k: (q, mixer.expand(k))
+    assert torch.equal(start, mixer(x)[0])
+    assert (trained - start).abs().max() > 1e-3
