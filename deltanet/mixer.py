@@ -84,8 +84,7 @@ class Neutral(nn.Linear):
 class FeatureMap(nn.Module):
     """x (B, T, H, hd) -> x + x W_h, a linear map of its own for every head, the identity at the start.
 
-    T2R (arXiv 2103.13076) learns its features likewise, with a bias and a ReLU, for queries and keys alike. What it is
-    worth was measured: docs/results/students.md."""
+    T2R (arXiv 2103.13076) learns its features likewise, with a bias and a ReLU. Measured: docs/results/students.md."""
 
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
