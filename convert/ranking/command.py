@@ -13,6 +13,7 @@ from pathlib import Path
 from deltanet_errors import UserError
 
 from ..command import load_tokenizer, mixer_options
+from ..compat import DEFAULTS
 from ..families import teacher_config
 from ..layouts import parse_layout
 from ..plan import student_config
@@ -21,6 +22,7 @@ from ..sources import open_source
 from ..staging import LONGEST_NAME
 
 SUFFIX = ".json"
+OF_MIXER = (*DEFAULTS, "compat")
 NOT_FOR_RANKING = ("hybrid", "dtype", "max_shard_size", "dry_run")
 
 
@@ -114,7 +116,8 @@ def run(method: str, options: dict, as_json: bool) -> None:
         raise UserError("-o RANKING.json: missing; it names the file for the ranking, which must not exist")
     chosen = {key: value for key, value in options.items() if key not in (*NOT_FOR_RANKING, "source", "output")}
     found = rank(source, output, method, **chosen)
-    print(json.dumps(found) if as_json else describe(found, source, output))
+    given = (f" --{name.replace('_', '-')} {options[name]}" for name in OF_MIXER if options[name] is not None)
+    print(json.dumps(found) if as_json else describe(found, source, output, "".join(given)))
 
 
 def check_target(out: Path, overwrite: bool) -> Path:
@@ -153,8 +156,8 @@ def write_whole(out: Path, content: str) -> None:
         raise UserError(f"-o {out}: the ranking cannot be written: {error.strerror or error}") from None
 
 
-def describe(found: dict, source: str, output: str | Path) -> str:
-    """The ranking as text for people."""
+def describe(found: dict, source: str, output: str | Path, mixer: str = "") -> str:
+    """The ranking as text for people; `mixer` are the options that the student should have as well."""
     columns = list(found["layers"][0])
     rows = [columns] + [
         [f"{value:.4f}" if isinstance(value, float) else str(value) for value in (row[key] for key in columns)]
@@ -170,6 +173,6 @@ def describe(found: dict, source: str, output: str | Path) -> str:
             *table,
             "",
             f"fitted on {tokens['fit']:,} tokens, scored on {tokens['scored']:,}; took {found['seconds']:.1f} s",
-            f"next     deltanet-convert {source} --hybrid {output}:COUNT -o student",
+            f"next     deltanet-convert {source} --hybrid {output}:COUNT{mixer} -o student",
         ]
     )
