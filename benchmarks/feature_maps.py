@@ -101,7 +101,7 @@ def main() -> None:
     tokens = torch.cat(parts)
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))].to(device)
     seen = examples(teacher, tokens, arguments.layers)
-    rotation = Stream(teacher, tokens[:1], 1).rotation(0)
+    stream = Stream(teacher, tokens[:1], 1)
     students = {window: twin(teacher, window) for window in (arguments.window, arguments.wider)}
     rows = (
         (f"window of {arguments.window}", arguments.window, WINDOW),
@@ -112,7 +112,7 @@ def main() -> None:
     for layer in arguments.layers:
         for name, window, trained in rows:
             mixer = students[window].model.layers[layer].self_attn
-            left = fitted(mixer, rotation, seen[layer], trained, arguments.steps, arguments.window)
+            left = fitted(mixer, stream.rotation(layer), seen[layer], trained, arguments.steps, arguments.window)
             print(f"layer {layer}, {name}: {left:.4f}", flush=True)
 
 
