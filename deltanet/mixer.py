@@ -223,8 +223,8 @@ class DeltaMixer(nn.Module):
         state: torch.Tensor | None = None,
         return_state: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z (B, T, HQ, hd), what the query heads read from the states, and the final state if asked for. q (B, T, HQ, hd)
-        and k (B, T, state heads, hd) are `features`; v (B, T, KV, hd) is as projected."""
+        """z (B, T, HQ, hd), what the query heads read from the states, and the final state if asked for. q and k are
+        `features` (B, T, HQ, hd) and (B, T, state heads, hd), v (B, T, KV, hd) is as projected."""
         return delta_rule(
             q,
             k,
