@@ -1,12 +1,16 @@
-"""How much of a teacher's attention beyond a window a state comes to tell, with and without maps of queries and keys.
+"""How much of a teacher's attention beyond a window a state comes to tell: with and without maps of queries and keys,
+with and without decay, and in texts longer than those it was fitted on.
 
     python -m benchmarks.feature_maps TEACHER TEXT ... [--layers 5 13 21 26] [--window 128] [--wider 192] [--steps 100]
+        [--length 1024] [--held-length 4096]
 
-One layer at a time, given the teacher's input: gates, strengths and maps (and nothing that the teacher has) are fitted
-to the attention's output by Adam, one sequence of 1,024 tokens of the texts a step. Prints, per layer, the squared
-error over the output's own square, from --window tokens on, in a sixth of the sequences that nothing is fitted on: of
-the window alone, of one of --wider tokens, of the delta rule beside the window, and of the same with feature maps. On
-one thread of a CPU some 30 s a layer for SmolLM2-135M. Twin: tests/distill/test_feature_maps.py.
+One layer at a time, given the teacher's input: gates, strengths, decays and maps (and nothing that the teacher has) are
+fitted to the attention's output by Adam, one sequence of --length tokens of the texts a step. Prints, per layer, the
+squared error over the output's own square in a sixth of the text that nothing is fitted on, in sequences of
+--held-length tokens: from --window tokens to 1,024, to 2,048 and so on; of the window alone, of one of --wider tokens,
+and of the delta rule beside the window, as `delta` and as `gated_delta`, without and with feature maps. On one thread
+of a CPU some 45 s a layer for SmolLM2-135M, four times that with --held-length 4096.
+Twin: tests/distill/test_feature_maps.py.
 """
 
 import argparse
@@ -26,11 +30,14 @@ from convert.text_files import read_documents
 from deltanet import DeltaNetForCausalLM
 from deltanet.mixer import DeltaMixer
 
-LENGTH = 1024
+FIRST_PLACE = 1024
+"""Tokens up to which the first error is measured; every further one goes twice as far."""
 RATE, WARMUP = 3e-3, 5
 FIRST_STRENGTH = -3.0
 """The bias of the write strength before the first step: beta .05."""
-WINDOW, DELTA = ("local_proj.*",), ("local_proj.*", "read_proj.*", "b_proj.*")
+FIRST_HALF_LIFE = 2000
+"""Tokens, of a state with decay before the first step: it has to hold what has left the window."""
+WINDOW, DELTA = ("local_proj.*",), ("local_proj.*", "read_proj.*", "a_proj.*", "b_proj.*")
 MAPPED = (*DELTA, "*_map.*")
 
 Examples = list[tuple[torch.Tensor, torch.Tensor]]
@@ -51,37 +58,42 @@ def examples(teacher: DeltaNetForCausalLM, tokens: torch.Tensor, layers: list[in
     return found
 
 
-def twin(teacher: DeltaNetForCausalLM, window: int) -> DeltaNetForCausalLM:
-    """A plain copy without any attention layer, with that window, `delta`, shared states and feature maps."""
+def twin(teacher: DeltaNetForCausalLM, window: int, mixer: str = "delta") -> DeltaNetForCausalLM:
+    """A plain copy without any attention layer, with that window and mixer, shared states and feature maps."""
     layout = parse_layout("none", teacher.config.layer_types, teacher.config.sliding_window)
-    mixer = {"mixer": "delta", "state_heads": "shared", "skip_taps": 0, "local_window": window, "feature_map": "linear"}
-    return student_from_teacher(teacher, student_config(teacher.config, layout, **mixer))
+    options = {"mixer": mixer, "state_heads": "shared", "skip_taps": 0, "local_window": window, "feature_map": "linear"}
+    return student_from_teacher(teacher, student_config(teacher.config, layout, **options))
 
 
-def error(mixer: DeltaMixer, rotation, seen: Examples, start: int) -> torch.Tensor:
-    """The squared error from token `start` on, over the square of what is wanted."""
-    made = [mixer(x, rotation)[0][:, start:] - wanted[:, start:] for x, wanted in seen]
-    return sum(m.square().sum() for m in made) / sum(wanted[:, start:].square().sum() for _, wanted in seen)
+def places(window: int, length: int) -> list[tuple[int, int]]:
+    """The parts of a sequence that have an error of their own, from the window on, as bounds."""
+    ends = [end for end in (FIRST_PLACE << i for i in range(length.bit_length())) if window < end < length]
+    return list(zip([window, *ends], [*ends, length]))
 
 
-def fitted(mixer: DeltaMixer, rotation, seen: Examples, trained: tuple[str, ...], steps: int, start: int) -> float:
-    """The error on the last sixth of `seen` (one sequence at least) once what is `trained` of a plain copy has been
-    fitted to the rest; the mixer is left so."""
+def error(mixer: DeltaMixer, rotation, seen: Examples, start: int, end: int | None = None) -> torch.Tensor:
+    """The squared error on tokens `start` to `end`, over the square of what is wanted. rotation: cos and sin of as many
+    tokens as the sequences have, or None."""
+    made = [mixer(x, rotation)[0][:, start:end] - wanted[:, start:end] for x, wanted in seen]
+    return sum(m.square().sum() for m in made) / sum(wanted[:, start:end].square().sum() for _, wanted in seen)
+
+
+def fit(mixer: DeltaMixer, rotation, seen: Examples, trained: tuple[str, ...], steps: int, start: int) -> None:
+    """Fits what is `trained` of a plain copy to the sequences, from token `start` on."""
     mixer.reset_to_plain_copy()
     with torch.no_grad():
         mixer.b_proj.bias.fill_(FIRST_STRENGTH)
+        if mixer.config.mixer == "gated_delta":
+            mixer.a_proj.bias.fill_(math.log(math.expm1(math.log(2) / FIRST_HALF_LIFE)))
     for name, parameter in mixer.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trained))
-    held = max(len(seen) // 6, 1)
     optimizer = torch.optim.Adam([p for p in mixer.parameters() if p.requires_grad], lr=RATE)
     for step in range(steps):
         share = min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = RATE * share
         optimizer.zero_grad()
-        error(mixer, rotation, [seen[step % (len(seen) - held)]], start).backward()
+        error(mixer, rotation, [seen[step % len(seen)]], start).backward()
         optimizer.step()
-    with torch.no_grad():
-        return error(mixer, rotation, seen[-held:], start).item()
 
 
 def main() -> None:
@@ -92,28 +104,43 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--wider", type=int, default=192)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--sequences", type=int, default=12, help="of every text")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence that is fitted on")
+    parser.add_argument("--held-length", type=int, help="tokens of one that is not; a multiple (default: --length)")
+    parser.add_argument("--sequences", type=int, default=12, help="of --held-length, of every text")
     arguments = parser.parse_args()
+    length, held_length = arguments.length, arguments.held_length or arguments.length
+    if held_length % length:
+        parser.error(f"--held-length {held_length}: allowed is a multiple of --length ({length})")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with open_source(arguments.teacher) as found:
         teacher, tokenizer = load_teacher(found.folder, torch.float32).to(device), load_tokenizer(found.folder)
-    parts = [tokenise(tokenizer, read_documents(file), arguments.sequences, LENGTH, file) for file in arguments.texts]
-    tokens = torch.cat(parts)
+    texts = [(read_documents(file), arguments.sequences, held_length, file) for file in arguments.texts]
+    tokens = torch.cat([tokenise(tokenizer, *text) for text in texts])
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))].to(device)
-    seen = examples(teacher, tokens, arguments.layers)
-    stream = Stream(teacher, tokens[:1], 1)
-    students = {window: twin(teacher, window) for window in (arguments.window, arguments.wider)}
-    rows = (
-        (f"window of {arguments.window}", arguments.window, WINDOW),
-        (f"window of {arguments.wider}", arguments.wider, WINDOW),
-        ("delta rule", arguments.window, DELTA),
-        ("delta rule, feature maps", arguments.window, MAPPED),
+    held = max(len(tokens) // 6, 1)
+    parts = tokens[:-held].reshape(-1, length), tokens[-held:]
+    (seen, streams), (unseen, longer) = (
+        (examples(teacher, p, arguments.layers), Stream(teacher, p[:1], 1)) for p in parts
     )
+    rows = (
+        (f"window of {arguments.window}", arguments.window, "delta", WINDOW),
+        (f"window of {arguments.wider}", arguments.wider, "delta", WINDOW),
+        ("delta", arguments.window, "delta", DELTA),
+        ("delta, feature maps", arguments.window, "delta", MAPPED),
+        ("gated_delta", arguments.window, "gated_delta", DELTA),
+        ("gated_delta, feature maps", arguments.window, "gated_delta", MAPPED),
+    )
+    students = {what: twin(teacher, *what) for what in {(window, kind) for _, window, kind, _ in rows}}
     for layer in arguments.layers:
-        for name, window, trained in rows:
-            mixer = students[window].model.layers[layer].self_attn
-            left = fitted(mixer, stream.rotation(layer), seen[layer], trained, arguments.steps, arguments.window)
-            print(f"layer {layer}, {name}: {left:.4f}", flush=True)
+        for name, window, kind, trained in rows:
+            mixer = students[window, kind].model.layers[layer].self_attn
+            fit(mixer, streams.rotation(layer), seen[layer], trained, arguments.steps, arguments.window)
+            with torch.no_grad():
+                left = [
+                    f"{error(mixer, longer.rotation(layer), unseen[layer], *place):.4f} to {place[1]:,}"
+                    for place in places(arguments.window, held_length)
+                ]
+            print(f"layer {layer}, {name}: {', '.join(left)}", flush=True)
 
 
 if __name__ == "__main__":
