@@ -155,6 +155,11 @@ def convert_parser() -> argparse.ArgumentParser:
         help="a state per query head (expanded, default) or per key/value head (shared)",
     )
     parser.add_argument(
+        "--state-positions",
+        metavar="P",
+        help="of what a state holds: rotary (the teacher's, default) or fixed (all as far back as --local-window)",
+    )
+    parser.add_argument(
         "--feature-map",
         metavar="F",
         help="of the queries and keys of a state: linear (learned, per head; identity at first) or none (default)",

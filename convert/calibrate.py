@@ -171,7 +171,7 @@ def _chunks(picked: torch.Tensor, size: int = 4):
 def _sources(mixer: DeltaMixer, x, rotation, context) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The sources whose coefficients are free, each (n, T, HQ, d), and what they are to make."""
     q, k, v, _ = mixer.project(x, rotation)
-    z = mixer.read_texts(q, k, v, *mixer.strengths(x))
+    z = mixer.read_texts(q, k, v, *mixer.strengths(x), rotation)
     if not mixer.config.read_gate and not mixer.config.skip_taps:
         return [mixer.combine(x, z, None).unflatten(-1, z.shape[2:])], context
     beside = beside_state(mixer, q, k, v)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from deltanet.config import FEATURE_MAPS, MIXERS, STATE_HEADS
+from deltanet.config import FEATURE_MAPS, MIXERS, STATE_HEADS, STATE_POSITIONS
 from deltanet_errors import UserError, nearest, one_line
 
 from .checkpoint import open_checkpoint
@@ -47,6 +47,7 @@ def convert(
     hybrid: str = "global2",
     mixer: str | None = None,
     state_heads: str | None = None,
+    state_positions: str | None = None,
     feature_map: str | None = None,
     skip_conv: int | None = None,
     local_window: int | None = None,
@@ -80,7 +81,9 @@ def convert(
     from .text import check_sources
 
     out = None if output is None else Path(output)
-    options = mixer_options(mixer, state_heads, feature_map, skip_conv, local_window, conv, gate, beta_range, compat)
+    options = mixer_options(
+        mixer, state_heads, state_positions, feature_map, skip_conv, local_window, conv, gate, beta_range, compat
+    )
     where = pick_device(device)
     target_dtype = WEIGHT_DTYPES.get(_one_of("--dtype", dtype, ("auto", *WEIGHT_DTYPES)))
     limit = parse_size("--max-shard-size", max_shard_size)
@@ -161,6 +164,7 @@ def convert(
 def mixer_options(
     mixer: str | None,
     state_heads: str | None,
+    state_positions: str | None,
     feature_map: str | None,
     skip_conv: int | None,
     local_window: int | None,
@@ -171,12 +175,20 @@ def mixer_options(
 ) -> dict:
     """Arguments of `student_config` from the options of the command line, None where one is not given. Raises
     UserError naming the option."""
-    given = {"mixer": mixer, "state_heads": state_heads, "feature_map": feature_map, "skip_conv": skip_conv}
-    given |= {"local_window": local_window, "conv": conv, "gate": gate, "beta_range": beta_range}
+    given = {"mixer": mixer, "state_heads": state_heads, "state_positions": state_positions}
+    given |= {
+        "feature_map": feature_map,
+        "skip_conv": skip_conv,
+        "local_window": local_window,
+        "conv": conv,
+        "gate": gate,
+        "beta_range": beta_range,
+    }
     settled = resolve(compat, given)
     options = {
         "mixer": _one_of("--mixer", settled["mixer"], MIXERS),
         "state_heads": _one_of("--state-heads", settled["state_heads"], STATE_HEADS),
+        "state_positions": _one_of("--state-positions", settled["state_positions"], STATE_POSITIONS),
         "feature_map": _one_of("--feature-map", settled["feature_map"], FEATURE_MAPS),
         "skip_taps": _at_least("--skip-conv", settled["skip_conv"], 0),
         "local_window": _at_least("--local-window", settled["local_window"], 0),

@@ -20,6 +20,7 @@ LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 MIXERS = ("gated_delta", "delta")
 STATE_HEADS = ("shared", "expanded")
 FEATURE_MAPS = ("none", "linear")
+STATE_POSITIONS = ("rotary", "fixed")
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -80,6 +81,8 @@ class DeltaNetConfig(PreTrainedConfig):
     qk_norm: `head` for an RMS norm over head_dim of q and k before RoPE (Qwen3), else `none`.
     mixer: `gated_delta` (input-dependent decay) or `delta` (none).
     state_heads: one state per key/value head (`shared`) or one per query head (`expanded`).
+    state_positions: a state reads and writes q and k as RoPE turned them (`rotary`), or as if every token that it holds
+        stood as far back as the local window reaches (`fixed`).
     feature_map: `linear` for a learned map per head of the q and k that read and write the state, else `none`.
     beta_max: the write strength lies in (0, beta_max); 1 or 2.
     skip_taps: how many tokens of v (this one and the ones before) bypass the state; 0 switches it off.
@@ -129,6 +132,7 @@ class DeltaNetConfig(PreTrainedConfig):
 
     mixer: str = "gated_delta"
     state_heads: str = "expanded"
+    state_positions: str = "rotary"
     feature_map: str = "none"
     beta_max: float | int = 1.0
     skip_taps: int = 4
@@ -181,6 +185,7 @@ class DeltaNetConfig(PreTrainedConfig):
         for field, allowed in (
             ("mixer", MIXERS),
             ("state_heads", STATE_HEADS),
+            ("state_positions", STATE_POSITIONS),
             ("feature_map", FEATURE_MAPS),
             ("qk_norm", ("none", "head")),
             ("qkv_activation", ("none", "silu")),

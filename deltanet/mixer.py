@@ -1,7 +1,8 @@
 """DeltaMixer, the layer that stands where softmax attention stood.
 
-    q, k, v = projections of x as the teacher's (biases, q/k-norm, RoPE); what reads and writes the state goes through a
-        learned map per head if `feature_map` is `linear`, and q and k are then of unit length
+    q, k, v = projections of x as the teacher's (biases, q/k-norm, RoPE); what reads and writes the state is turned as
+        if all that it holds stood W tokens back if `state_positions` is `fixed`, goes through a learned map per head if
+        `feature_map` is `linear`, and is then of unit length
     beta = beta_max * sigmoid(b(x))       g = -softplus(a(x))  (`gated_delta`; 0 for `delta`)
     S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T            z_t = S_t^T q_t
     y_t = W_o [ read_h(x_t) z_t  +  sum_j skip_{h,j}(x_t) v_{t-j}  +  local_h(x_t) a_t ] + bias
@@ -207,8 +208,18 @@ class DeltaMixer(nn.Module):
         """(B, T, KV, hd) -> one row per state head: head h gets key/value head h // group."""
         return y.repeat_interleave(self.group, dim=2) if self.settings.state_heads == "expanded" else y
 
-    def features(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """q (B, T, HQ, hd) as it reads a state, and k (B, T, KV, hd) as it is written, a row per state head."""
+    def features(
+        self, q: torch.Tensor, k: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q (B, T, HQ, hd) as it reads a state, and k (B, T, KV, hd) as it is written, a row per state head.
+
+        With `fixed` positions both are turned back by as much as the token that reads is turned, with which k has left
+        the window: what was written stands that far back for all that read it later, at any distance. (ReRoPE turns
+        far keys so for softmax: github.com/bojone/rerope.)"""
+        if self.settings.state_positions == "fixed" and position_embeddings is not None:
+            cos, sin = position_embeddings
+            turned = apply_rotary_pos_emb(q, k, cos, -sin, unsqueeze_dim=2)
+            q, k = (y.to(q.dtype) for y in turned)
         k = self.expand(k)
         return (self.q_map(q), self.k_map(k)) if self.settings.feature_map == "linear" else (q, k)
 
@@ -238,13 +249,19 @@ class DeltaMixer(nn.Module):
             normalize_qk=True,
         )
 
-    def read_texts(self, q: torch.Tensor, *writes: torch.Tensor | None) -> torch.Tensor:
-        """z (B, T, HQ, hd) of whole texts, behind the local window if there is one; writes: k, v, beta and g."""
+    def read_texts(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        beta: torch.Tensor,
+        g: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """z (B, T, HQ, hd) of whole texts, behind the local window if there is one; q, k and v are as projected."""
         if reach := self.settings.local_window:
-            k, v, beta, g = writes
-            writes = self._leaving(History(remembered(k, v), reach), History(_strengths(beta, g), reach))
-        k, *others = writes
-        return self.read(*self.features(q, k), *others)[0]
+            k, v, beta, g = self._leaving(History(remembered(k, v), reach), History(_strengths(beta, g), reach))
+        return self.read(*self.features(q, k, position_embeddings), v, beta, g)[0]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What the teacher's attention makes of whole texts within the local window, (B, T, HQ, hd)."""
@@ -326,7 +343,7 @@ class DeltaMixer(nn.Module):
             local = local_attention(q, kept, self._first_vectors(layer, kept))
         is_first = self._first_tokens(layer, kept) if self.settings.exact_start else None
         left, *others = (k, v, beta, g) if strengths is None else self._leaving(kept, strengths)
-        features = self.features(q, left)
+        features = self.features(q, left, position_embeddings)
         histories = [h for h in (convolved, kept, strengths) if h is not None and h.reach]
         if getattr(layer, "record_past", False):
             z = self._recorded(layer, *features, *others, cu_seqlens, histories)

@@ -24,9 +24,9 @@ from deltanet_errors import UserError
 from .data import Corpus
 from .schema import Stage
 
-_MIXER = ("mixer", "state_heads", "feature_map", "beta_max", "skip_taps", "local_window", "read_gate", "mixer_bias",
-          "conv_kernel", "qkv_activation", "linear_qk_norm", "beta_bias", "output_gate", "gate_activation", "head_norm",
-          "exact_start")  # fmt: skip
+_MIXER = ("mixer", "state_heads", "state_positions", "feature_map", "beta_max", "skip_taps", "local_window",
+          "read_gate", "mixer_bias", "conv_kernel", "qkv_activation", "linear_qk_norm", "beta_bias", "output_gate",
+          "gate_activation", "head_norm", "exact_start")  # fmt: skip
 
 
 def config_after(stage: Stage, config: DeltaNetConfig) -> DeltaNetConfig:

@@ -94,6 +94,10 @@ class Mixer(Section):
     )
     mixer: Literal["gated_delta", "delta"] = "gated_delta"
     state_heads: Literal["expanded", "shared"] = "expanded"
+    state_positions: Literal["rotary", "fixed"] = Field(
+        "rotary",
+        description="of what a state holds: as RoPE has them, or all as far back as local_window",
+    )
     feature_map: Literal["none", "linear"] = Field(
         "none", description="of the queries and keys of a state: learned, per head, the identity at the start"
     )

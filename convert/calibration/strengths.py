@@ -103,7 +103,7 @@ def fit_strengths(
 class _Search:
     def __init__(self, mixer: DeltaMixer, x, rotation, context, metric):
         config = mixer.config
-        self.mixer, self.x = mixer, x
+        self.mixer, self.x, self.rotation = mixer, x, rotation
         self.q, self.k, self.v, _ = mixer.project(x, rotation)
         self.num_states, self.group = config.num_state_heads, config.num_attention_heads // config.num_state_heads
         self.root = torch.linalg.cholesky(metric.double()).to(x.dtype)  # |e L|^2 = e^T M e
@@ -141,7 +141,8 @@ class _Search:
         if config.mixer == "gated_delta":
             offset = inverse_softplus(math.log(2) * 2.0 ** -candidate[:, HALF_LIFE])
             g = -F.softplus(offset + candidate[:, DECAY_SLOPE] * self.along[1]).expand_as(beta)
-        z = self._measured(self.mixer.read_texts(self.q, self.k, self.v, beta, g))
+        z = self.mixer.read_texts(self.q, self.k, self.v, beta, g, self.rotation)
+        z = self._measured(z)
         gram, cross = self.gram.clone(), self.cross.clone()
         gram[:, 0, 0], cross[:, 0] = _dot(z, z), _dot(z, self.context)
         for i, source in enumerate(self.beside, 1):

@@ -24,6 +24,7 @@ def linear_refusals(config: DeltaNetConfig) -> list[str]:
         "biases of q, k, v in linear layers (qkv_bias)": config.qkv_bias,
         "a bias of the output projection of linear layers (mixer_bias)": config.mixer_bias or config.o_bias,
         "a bias of the write strength (beta_bias)": config.beta_bias,
+        f"positions of its own (state_positions {config.state_positions})": config.state_positions != "rotary",
         f"maps of queries and keys (feature_map {config.feature_map})": config.feature_map != "none",
         f"the skip convolution (skip_taps {config.skip_taps})": config.skip_taps > 0,
         f"attention beside the state (local_window {config.local_window})": config.local_window > 0,

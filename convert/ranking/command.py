@@ -33,6 +33,7 @@ def rank(
     *,
     mixer: str | None = None,
     state_heads: str | None = None,
+    state_positions: str | None = None,
     feature_map: str | None = None,
     skip_conv: int | None = None,
     local_window: int | None = None,
@@ -65,7 +66,9 @@ def rank(
 
     name, _ = parse_method(method)
     where = pick_device(device)
-    options = mixer_options(mixer, state_heads, feature_map, skip_conv, local_window, conv, gate, beta_range, compat)
+    options = mixer_options(
+        mixer, state_heads, state_positions, feature_map, skip_conv, local_window, conv, gate, beta_range, compat
+    )
     out = check_target(Path(output), overwrite)
     if "none" in calibrate:
         raise UserError(f"--calibrate none: --rank {method} needs text; give files, or self")

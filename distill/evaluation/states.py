@@ -66,7 +66,7 @@ def _gather(found: list, mixer: DeltaMixer, inputs: tuple, options: dict) -> Non
 def _look(mixer: DeltaMixer, x: torch.Tensor, position_embeddings) -> dict[str, torch.Tensor]:
     """Figures of one window, one per head, from the mixer's input x (1, T, D)."""
     q, k, v, _ = mixer.project(x, position_embeddings)
-    q, k = mixer.features(q, k)
+    q, k = mixer.features(q, k, position_embeddings)
     beta, g = mixer.strengths(x)
     half = x.shape[1] // 2
     parts = [slice(0, half), slice(half, None)]

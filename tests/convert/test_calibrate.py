@@ -234,6 +234,7 @@ def test_shared_and_expanded_states_are_the_same_where_every_head_has_its_own_ke
         {"read_gate": False, "skip_taps": 0},
         {"local_window": 8},
         {"local_window": 8, "feature_map": "linear"},
+        {"local_window": 8, "state_positions": "fixed"},
         {"local_window": 4, "skip_taps": 0, "state_heads": "shared"},
         {"head_norm": True},
         {"conv_kernel": 4, "output_gate": True},

@@ -46,13 +46,13 @@ def test_the_half_life_and_strength_that_made_a_context_are_found(state_heads):
     mixer.b_proj.bias.copy_(torch.logit(beta))
     x = inputs()
     q, k, v, _ = mixer.project(x, None)
-    context = mixer.read_texts(q, k, v, *mixer.strengths(x)) * 3 + shifted(v.repeat_interleave(2, 2), 1)
+    context = mixer.read_texts(q, k, v, *mixer.strengths(x), None) * 3 + shifted(v.repeat_interleave(2, 2), 1)
     mixer.reset_to_plain_copy()
     found = fit(mixer, context)
     torch.testing.assert_close(torch.tensor(found.half_life), half_life, rtol=1e-3, atol=0)
     torch.testing.assert_close(torch.tensor(found.beta), beta, rtol=1e-3, atol=0)
     assert min(found.explained) > 0.999
-    remade = mixer.read_texts(q, k, v, *mixer.strengths(x)) * 3 + shifted(v.repeat_interleave(2, 2), 1)
+    remade = mixer.read_texts(q, k, v, *mixer.strengths(x), None) * 3 + shifted(v.repeat_interleave(2, 2), 1)
     torch.testing.assert_close(remade, context, rtol=1e-3, atol=1e-4)
 
 
@@ -61,7 +61,7 @@ def test_the_delta_rule_without_decay_is_searched_in_its_strength_alone():
     mixer.b_proj.bias.copy_(torch.logit(torch.tensor([0.8, 0.1])))
     x = inputs()
     q, k, v, _ = mixer.project(x, None)
-    context = mixer.read_texts(q, k, v, *mixer.strengths(x))
+    context = mixer.read_texts(q, k, v, *mixer.strengths(x), None)
     found = fit(mixer, context)
     torch.testing.assert_close(torch.tensor(found.beta), torch.tensor([0.8, 0.1]), rtol=1e-3, atol=0)
     assert found.half_life == [math.inf, math.inf]

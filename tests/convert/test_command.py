@@ -91,8 +91,8 @@ def test_a_dry_run_prints_every_tensor_and_writes_nothing(teacher, tmp_path, cap
 
 def test_every_mixer_option_reaches_the_config(teacher, tmp_path):
     options = (
-        "--mixer delta --state-heads shared --feature-map linear --skip-conv 2 --local-window 8 --conv 3 --gate both "
-        "--beta-range 2"
+        "--mixer delta --state-heads shared --state-positions fixed --feature-map linear --skip-conv 2 "
+        "--local-window 8 --conv 3 --gate both --beta-range 2"
     )
     arguments = [*options.split(), "--hybrid", "none", "--calibrate", "none", "--dtype", "bfloat16"]
     assert run(teacher, "-o", tmp_path / "student", *arguments) == 0
@@ -100,6 +100,7 @@ def test_every_mixer_option_reaches_the_config(teacher, tmp_path):
     wanted = {
         "mixer": "delta",
         "state_heads": "shared",
+        "state_positions": "fixed",
         "feature_map": "linear",
         "skip_taps": 2,
         "local_window": 8,

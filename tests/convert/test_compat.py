@@ -38,7 +38,7 @@ def test_an_option_against_it_is_refused_also_at_its_usual_value(compat, name):
 def test_what_it_leaves_open_may_be_chosen():
     assert resolve("fla", NONE | {"mixer": "delta", "conv": 2, "beta_range": 2}) == {
         "mixer": "delta", "conv": 2, "beta_range": 2, "state_heads": "expanded", "skip_conv": 0, "gate": "none",
-        "local_window": 0, "feature_map": "none",
+        "local_window": 0, "state_positions": "rotary", "feature_map": "none",
     }  # fmt: skip
     assert resolve("qwen3_5", NONE)["conv"] == 4
     assert resolve(None, NONE | {"conv": 3}) == DEFAULTS | {"conv": 3}

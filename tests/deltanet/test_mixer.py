@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_student import tiny_model
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from deltanet.history import History
 
@@ -16,7 +17,7 @@ def mixer_and_input(**changes):
     return mixer, x
 
 
-def by_hand(mixer, q, k, v, beta, g) -> torch.Tensor:
+def by_hand(mixer, q, k, v, beta, g, reach=WINDOW) -> torch.Tensor:
     """(B, T, HQ, hd): at each token what the states say that the tokens behind the window have written."""
     k = mixer.expand(k)
     if mixer.config.feature_map == "linear":
@@ -27,7 +28,7 @@ def by_hand(mixer, q, k, v, beta, g) -> torch.Tensor:
     state = q.new_zeros(len(q), heads, q.shape[-1], q.shape[-1])
     read = torch.zeros_like(q)
     for t in range(q.shape[1]):
-        if (left := t - WINDOW) >= 0:
+        if (left := t - reach) >= 0:
             decay = 1.0 if g is None else g[:, left, :, None, None].exp()
             state = decay * state
             new = v[:, left] - torch.einsum("bhkv,bhk->bhv", state, k[:, left])
@@ -45,13 +46,34 @@ def test_a_state_holds_what_has_left_the_window(kind, state_heads, feature_map):
     mixer, x = mixer_and_input(mixer=kind, state_heads=state_heads, feature_map=feature_map)
     q, k, v, _ = mixer.project(x, None)
     beta, g = mixer.strengths(x)
-    read = mixer.read_texts(q, k, v, beta, g)
+    read = mixer.read_texts(q, k, v, beta, g, None)
     expected = by_hand(mixer, q, k, v, beta, g)
     assert (read - expected).abs().max() < 1e-5  # beta and g are float32
     assert (read[:, :WINDOW] == 0).all()
     assert (read[:, WINDOW:].abs().amax((1, 2, 3)) > 0.01).all()
     whole = mixer.combine(x, expected, History(v.flatten(2), 3), mixer.attend(q, k, v))
     assert (mixer(x)[0] - mixer.o_proj(whole)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gated_delta", "delta"])
+@pytest.mark.parametrize("reach", [0, WINDOW])
+@torch.no_grad()
+def test_with_fixed_positions_all_that_a_state_holds_stands_as_far_back_as_the_window_reaches(kind, reach):
+    model = tiny_model("none", mixer=kind, local_window=reach, state_positions="fixed", feature_map="linear").double()
+    mixer, rotary = model.model.layers[0].self_attn, model.model.rotary_emb
+    _, x = mixer_and_input()
+    positions = torch.arange(100, 100 + TOKENS)[None]
+    rotation = rotary(x, position_ids=positions)
+    q, k, v, _ = mixer.project(x, rotation)
+    beta, g = mixer.strengths(x)
+    plain_q, plain_k, _, _ = mixer.project(x, None)
+    cos, sin = rotary(x, position_ids=torch.tensor([[reach]]))
+    back = apply_rotary_pos_emb(plain_k, plain_k, cos, -sin, unsqueeze_dim=2)[0]
+    expected = by_hand(mixer, plain_q, back, v, beta, g, reach)
+    assert (mixer.read_texts(q, k, v, beta, g, rotation) - expected).abs().max() < 1e-5
+    if reach:  # the teacher's attention in the window is turned as ever
+        whole = mixer.combine(x, expected, History(v.flatten(2), 3), mixer.attend(q, k, v))
+        assert (mixer(x, rotation)[0] - mixer.o_proj(whole)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [1, WINDOW])
@@ -71,6 +93,6 @@ def test_a_feature_map_changes_nothing_until_it_is_trained():
     for module in (mixer.q_map, mixer.k_map):
         module.reset_parameters()
     start = mixer(x)[0]
-    mixer.features = lambda q, k: (q, mixer.expand(k))
+    mixer.features = lambda q, k, position_embeddings: (q, mixer.expand(k))
     assert torch.equal(start, mixer(x)[0])
     assert (trained - start).abs().max() > 1e-3

@@ -24,6 +24,8 @@ VARIANTS = {
     "local-conv": {"local_window": 4, "conv_kernel": 6, "state_heads": "shared"},
     "mapped": {"feature_map": "linear"},
     "local-mapped": {"local_window": 6, "feature_map": "linear", "state_heads": "shared"},
+    "fixed": {"state_positions": "fixed"},
+    "local-fixed": {"local_window": 6, "state_positions": "fixed", "feature_map": "linear"},
     "local-untapped": {"local_window": 40, "skip_taps": 0},
     "qwen3-like": {"qk_norm": "head", "qkv_bias": True},
 }

@@ -18,6 +18,7 @@ VARIANTS = {
     "conv": {"conv_kernel": 4, "skip_taps": 2, "output_gate": True},
     "local": {"local_window": 5, "exact_start": True},
     "local-mapped": {"local_window": 5, "feature_map": "linear"},
+    "local-fixed": {"local_window": 5, "state_positions": "fixed"},
     "bare": {"skip_taps": 0, "read_gate": False, "mixer_bias": False},
 }
 EXACT = 1e-5  # float32 logits of order 1 to 10

@@ -12,6 +12,7 @@ VARIANTS = {
     "local": {"local_window": 16},
     "mapped": {"feature_map": "linear", "state_heads": "shared"},
     "local-mapped": {"local_window": 16, "feature_map": "linear"},
+    "local-fixed": {"local_window": 16, "feature_map": "linear", "state_positions": "fixed"},
 }
 
 

@@ -151,6 +151,7 @@ def test_one_error_names_everything_that_the_format_cannot_express(tmp_path):
         "mlp_bias": True,
         "qk_norm": "head",
         "state_heads": "shared",
+        "state_positions": "fixed",
         "feature_map": "linear",
         "rope_parameters": scaled,
     }
@@ -158,7 +159,8 @@ def test_one_error_names_everything_that_the_format_cannot_express(tmp_path):
     with pytest.raises(UserError) as error:
         write_format(tmp_path / "student", tmp_path / "out", "fla")
     for item in ("RoPE in linear layers", "RoPE scaling (linear)", "qkv_activation", "qkv_bias", "mixer_bias",
-                 "mlp_bias", "beta_bias", "skip_taps 4", "feature_map linear", "read_gate", "head_norm", "exact_start",
+                 "mlp_bias", "beta_bias", "skip_taps 4", "state_positions fixed", "feature_map linear", "read_gate",
+                 "head_norm", "exact_start",
                  "state_heads", "q/k norms in attention layers", "linear_qk_norm"):  # fmt: skip
         assert item in str(error.value), item
     assert {path.name for path in tmp_path.iterdir()} == {"student"}
