@@ -1,5 +1,5 @@
 """How much of a teacher's attention beyond a window a state comes to tell: with and without maps of queries and keys,
-with and without decay, and in texts longer than those it was fitted on.
+decay and positions of its own, and in texts longer than those it was fitted on.
 
     python -m benchmarks.feature_maps TEACHER TEXT ... [--layers 5 13 21 26] [--window 128] [--wider 192] [--steps 100]
         [--length 1024] [--held-length 4096]
@@ -8,8 +8,8 @@ One layer at a time, given the teacher's input: gates, strengths, decays and map
 fitted to the attention's output by Adam, one sequence of --length tokens of the texts a step. Prints, per layer, the
 squared error over the output's own square in a sixth of the text that nothing is fitted on, in sequences of
 --held-length tokens: from --window tokens to 1,024, to 2,048 and so on; of the window alone, of one of --wider tokens,
-and of the delta rule beside the window, as `delta` and as `gated_delta`, without and with feature maps. On one thread
-of a CPU some 45 s a layer for SmolLM2-135M, four times that with --held-length 4096.
+and of the delta rule beside the window: without and with feature maps, these also with decay (`gated_delta`) and with
+`state_positions: fixed`. On one thread of a CPU some 45 s a layer for SmolLM2-135M.
 Twin: tests/distill/test_feature_maps.py.
 """
 
@@ -58,10 +58,14 @@ def examples(teacher: DeltaNetForCausalLM, tokens: torch.Tensor, layers: list[in
     return found
 
 
-def twin(teacher: DeltaNetForCausalLM, window: int, mixer: str = "delta") -> DeltaNetForCausalLM:
-    """A plain copy without any attention layer, with that window and mixer, shared states and feature maps."""
+def twin(
+    teacher: DeltaNetForCausalLM, window: int, mixer: str = "delta", positions: str = "rotary"
+) -> DeltaNetForCausalLM:
+    """A plain copy without any attention layer, with that window, mixer and state_positions, shared states and feature
+    maps."""
     layout = parse_layout("none", teacher.config.layer_types, teacher.config.sliding_window)
     options = {"mixer": mixer, "state_heads": "shared", "skip_taps": 0, "local_window": window, "feature_map": "linear"}
+    options |= {"state_positions": positions}
     return student_from_teacher(teacher, student_config(teacher.config, layout, **options))
 
 
@@ -122,23 +126,26 @@ def main() -> None:
     (seen, streams), (unseen, longer) = (
         (examples(teacher, p, arguments.layers), Stream(teacher, p[:1], 1)) for p in parts
     )
+    window = arguments.window
     rows = (
-        (f"window of {arguments.window}", arguments.window, "delta", WINDOW),
-        (f"window of {arguments.wider}", arguments.wider, "delta", WINDOW),
-        ("delta", arguments.window, "delta", DELTA),
-        ("delta, feature maps", arguments.window, "delta", MAPPED),
-        ("gated_delta", arguments.window, "gated_delta", DELTA),
-        ("gated_delta, feature maps", arguments.window, "gated_delta", MAPPED),
+        (f"window of {window}", (window,), WINDOW),
+        (f"window of {arguments.wider}", (arguments.wider,), WINDOW),
+        ("delta", (window,), DELTA),
+        *(
+            (f"{kind}, feature maps, {positions} positions", (window, kind, positions), MAPPED)
+            for positions in ("rotary", "fixed")
+            for kind in ("delta", "gated_delta")
+        ),
     )
-    students = {what: twin(teacher, *what) for what in {(window, kind) for _, window, kind, _ in rows}}
+    students = {what: twin(teacher, *what) for what in {what for _, what, _ in rows}}
     for layer in arguments.layers:
-        for name, window, kind, trained in rows:
-            mixer = students[window, kind].model.layers[layer].self_attn
-            fit(mixer, streams.rotation(layer), seen[layer], trained, arguments.steps, arguments.window)
+        for name, what, trained in rows:
+            mixer = students[what].model.layers[layer].self_attn
+            fit(mixer, streams.rotation(layer), seen[layer], trained, arguments.steps, window)
             with torch.no_grad():
                 left = [
                     f"{error(mixer, longer.rotation(layer), unseen[layer], *place):.4f} to {place[1]:,}"
-                    for place in places(arguments.window, held_length)
+                    for place in places(window, held_length)
                 ]
             print(f"layer {layer}, {name}: {', '.join(left)}", flush=True)
 

@@ -80,8 +80,8 @@ def test_it_runs(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*arguments.split(), "--held-length", "64"])
     main()
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 6
-    assert printed[3].startswith("layer 1, delta, feature maps: 0.")
+    assert len(printed) == 7
+    assert printed[3].startswith("layer 1, delta, feature maps, rotary positions: 0.")
     assert printed[3].endswith(" to 64")
 
 
