@@ -228,6 +228,9 @@ def compile_layers(module: Align | Whole, **options) -> None:
         layers = [layer for model in models for layer in model.model.layers]
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, RECOMPILATIONS)
+    # What torch 2.13 reads back from this cache of traced graphs makes views of garbage sizes, so that a second run on
+    # a machine fails at its first step. Compiled kernels are cached all the same.
+    torch._functorch.config.enable_autograd_cache = False
     for layer in layers:
         layer.compile(**options)
 

@@ -14,6 +14,7 @@ from .subject import Subject, load_subject
 from .windows import TOKENS
 
 
+@torch.compiler.set_stance("force_eager")  # layers that the run has compiled would pass the hooks of diagnostics by
 def evaluate_export(
     export: Path,
     teacher: Subject | None,

@@ -1,6 +1,11 @@
 """What a stage computes: zero where nothing is to be learnt, only mixers in align, no leak between documents."""
 
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,6 +191,26 @@ def test_compiled_layers_compute_the_same():
         made.append(found)
     for mine, its in zip(*made, strict=True):
         torch.testing.assert_close(its, mine)
+
+
+COMPILED = """
+from test_stages import BATCH, SEQUENCES, Align, compile_layers, pair, stage
+
+teacher, student = pair()
+module = Align(student, teacher, stage("align"))
+compile_layers(module)
+module(BATCH, module.count(SEQUENCES))[0].backward()
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_second_process_compiles_from_the_cache_of_the_first(tmp_path):
+    """Which torch 2.13 gets wrong for traced graphs that return views: garbage in their sizes."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent / "deltanet"), str(here.parents[1])]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True)
 
 
 def test_rows_of_other_documents_never_exhaust_the_compiler():

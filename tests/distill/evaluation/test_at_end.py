@@ -1,6 +1,7 @@
 """The evaluation that a recipe asks for."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from deltanet_errors import UserError
 from distill.evaluation import worth
 from distill.evaluation.at_end import whole_windows
 from distill.run import distil
+from distill.stages import compile_layers
 
 
 def test_a_run_ends_with_its_page(tmp_path, monkeypatch, capsys):
@@ -43,6 +45,21 @@ def test_a_run_ends_with_its_page(tmp_path, monkeypatch, capsys):
     at = next(index for index, cell in enumerate(ends) if cell.strip() == "piqa")
     assert ends[at + 2].strip() == f"{100 * report['tasks']['piqa']['accuracy']:.1f}%"
     assert (run / "evaluation.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_run_that_compiles_ends_with_its_page_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.run.compile_layers", partial(compile_layers, backend="eager"))
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        write_teacher(tmp_path / "teacher"),
+        stages=[{"kind": "distil", "steps": 2}],
+        evaluation__tasks=["repeat"],
+        evaluation__task_examples=2,
+        training__compile=True,
+    )
+    distil(recipe, output=tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert report["diagnostics"]
 
 
 @pytest.mark.parametrize(
