@@ -157,7 +157,8 @@ def convert_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--state-positions",
         metavar="P",
-        help="of what a state holds: rotary (the teacher's, default) or fixed (all as far back as --local-window)",
+        help="of what a state holds: rotary (the teacher's, default) or fixed (all as far back as --local-window; "
+        "with 0 no RoPE there)",
     )
     parser.add_argument(
         "--feature-map",

@@ -259,9 +259,17 @@ class DeltaMixer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """z (B, T, HQ, hd) of whole texts, behind the local window if there is one; q, k and v are as projected."""
+        k, *others = self.written(k, v, beta, g)
+        return self.read(*self.features(q, k, position_embeddings), *others)[0]
+
+    def written(
+        self, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, g: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """k, v, beta and g of whole texts at the tokens at which states take them in: those of the tokens that leave
+        the local window, if there is one."""
         if reach := self.settings.local_window:
-            k, v, beta, g = self._leaving(History(remembered(k, v), reach), History(_strengths(beta, g), reach))
-        return self.read(*self.features(q, k, position_embeddings), v, beta, g)[0]
+            return self._leaving(History(remembered(k, v), reach), History(_strengths(beta, g), reach))
+        return k, v, beta, g
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What the teacher's attention makes of whole texts within the local window, (B, T, HQ, hd)."""

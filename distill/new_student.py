@@ -51,7 +51,7 @@ def plan_new(wish: New) -> tuple[DeltaNetConfig, object]:
 
 def mixer_fields(wish: Mixer) -> dict:
     """The fields of DeltaNetConfig that a recipe's section of mixer options decides."""
-    options = {name: getattr(wish, name) for name in DEFAULTS}
+    options = {name: getattr(wish, name, None) for name in DEFAULTS}  # student.new has no RoPE to turn back
     return mixer_options(**options, compat=getattr(wish, "compat", None))
 
 

@@ -94,10 +94,6 @@ class Mixer(Section):
     )
     mixer: Literal["gated_delta", "delta"] = "gated_delta"
     state_heads: Literal["expanded", "shared"] = "expanded"
-    state_positions: Literal["rotary", "fixed"] = Field(
-        "rotary",
-        description="of what a state holds: as RoPE has them, or all as far back as local_window",
-    )
     feature_map: Literal["none", "linear"] = Field(
         "none", description="of the queries and keys of a state: learned, per head, the identity at the start"
     )
@@ -115,6 +111,10 @@ class Mixer(Section):
 class Convert(Mixer):
     """The options of deltanet-convert, by the same names and with the same defaults."""
 
+    state_positions: Literal["rotary", "fixed"] = Field(
+        "rotary",
+        description="of what a state holds: as RoPE has them, or all as far back as local_window (0: without RoPE)",
+    )
     compat: Literal["fla", "qwen3_5"] | None = Field(
         None, description="make a student that export.formats can write in this format; sets mixer options"
     )

@@ -23,10 +23,10 @@ BATCH_TOKENS = 1024
 def states(student: Subject, ids: torch.Tensor) -> dict[str, dict[str, float]]:
     """ids (N, T) -> per delta-rule layer, means over windows and heads unless said:
 
-    state norm: Frobenius norm of the state after T tokens; growth: over its norm after T / 2. half-life: tokens in
-    which the mean decay over the text halves a memory, of the median head, shortest and longest; none without decay.
-    write strength: mean beta. key cosine: mean cosine of two different keys; where it is near 1 every write erases the
-    one before.
+    state norm: Frobenius norm of the state after T tokens; growth: over its norm at the middle of what it has taken in
+    (1 where that was nothing). half-life: tokens in which the mean decay over the text halves a memory, of the median
+    head, shortest and longest; none without decay. write strength: mean beta. key cosine: mean cosine of two different
+    keys; where it is near 1 every write erases the one before.
     """
     mixers = [layer.self_attn for layer in layers_of(student.model)]
     seen: dict[str, list[dict[str, torch.Tensor]]] = {}
@@ -44,9 +44,10 @@ def states(student: Subject, ids: torch.Tensor) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
     for name, found in seen.items():
         mean = {key: torch.stack([one[key] for one in found]).mean(0) for key in found[0]}
+        half = mean["half_norm"]
         rows[name] = {
             "state norm": mean["norm"].mean().item(),
-            "growth": (mean["norm"] / mean["half_norm"].clamp(min=1e-30)).mean().item(),
+            "growth": torch.where(half > 0, mean["norm"] / half.clamp(min=1e-30), 1.0).mean().item(),
         }
         if "decay" in mean:
             half_lives = (math.log(2) / mean["decay"].clamp(min=1e-9)).sort().values
@@ -66,20 +67,24 @@ def _gather(found: list, mixer: DeltaMixer, inputs: tuple, options: dict) -> Non
 def _look(mixer: DeltaMixer, x: torch.Tensor, position_embeddings) -> dict[str, torch.Tensor]:
     """Figures of one window, one per head, from the mixer's input x (1, T, D)."""
     q, k, v, _ = mixer.project(x, position_embeddings)
+    strength, decay = mixer.strengths(x)
+    k, v, beta, g = mixer.written(k, v, strength, decay)
     q, k = mixer.features(q, k, position_embeddings)
-    beta, g = mixer.strengths(x)
-    half = x.shape[1] // 2
+    unseen = mixer.config.local_window  # tokens until the first is written
+    half = (x.shape[1] + min(unseen, x.shape[1] - 2)) // 2
     parts = [slice(0, half), slice(half, None)]
     norms, state = [], None
     for part in parts:
-        decay = None if g is None else g[:, part]
-        _, state = mixer.read(q[:, part], k[:, part], v[:, part], beta[:, part], decay, None, state, return_state=True)
+        forgets = None if g is None else g[:, part]
+        _, state = mixer.read(
+            q[:, part], k[:, part], v[:, part], beta[:, part], forgets, None, state, return_state=True
+        )
         norms.append(state[0].float().norm(dim=(1, 2)).cpu())
-    unit = F.normalize(k[0].float(), dim=-1)
+    unit = F.normalize(k[0, unseen:].float(), dim=-1)
     tokens = len(unit)
-    cosine = (unit.sum(0).square().sum(-1) - tokens) / (tokens * (tokens - 1))
-    found = {"half_norm": norms[0], "norm": norms[1], "beta": beta[0].mean(0).cpu(), "cosine": cosine.cpu()}
-    return found if g is None else found | {"decay": -g[0].mean(0).cpu()}
+    cosine = (unit.sum(0).square().sum(-1) - tokens) / max(tokens * (tokens - 1), 1)
+    found = {"half_norm": norms[0], "norm": norms[1], "beta": strength[0].mean(0).cpu(), "cosine": cosine.cpu()}
+    return found if decay is None else found | {"decay": -decay[0].mean(0).cpu()}
 
 
 @torch.no_grad()

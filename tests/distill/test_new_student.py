@@ -35,14 +35,14 @@ def test_a_layout_decides_which_layers_have_attention_and_positions(hybrid, lett
 
 def test_every_key_reaches_the_configuration():
     wish = new(intermediate_size=24, heads=4, kv_heads=2, head_dim=6, max_context=99, tied=True, mixer="gated_delta",
-               state_heads="shared", state_positions="fixed", feature_map="linear", skip_conv=2, local_window=8, conv=3,
-               gate="both", beta_range=2)  # fmt: skip
+               state_heads="shared", feature_map="linear", skip_conv=2, local_window=8, conv=3, gate="both",
+               beta_range=2)  # fmt: skip
     config, tokenizer = plan_new(wish)
     found = {
         "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
         "max_position_embeddings": 99, "tie_word_embeddings": True, "mixer": "gated_delta", "state_heads": "shared",
-        "state_positions": "fixed", "feature_map": "linear", "skip_taps": 2, "local_window": 8, "conv_kernel": 3,
-        "read_gate": True, "output_gate": True, "beta_max": 2, "eos_token_id": tokenizer.eos_token_id,
+        "feature_map": "linear", "skip_taps": 2, "local_window": 8, "conv_kernel": 3, "read_gate": True,
+        "output_gate": True, "beta_max": 2, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in found} == found
     assert plan_new(new())[0].intermediate_size == 2 * 16

@@ -248,6 +248,24 @@ def test_states_are_those_of_the_cache(changed, ids):
     assert row["growth"] > 1
 
 
+@pytest.mark.parametrize("window", [24, 40, 63, 64, 100])
+@pytest.mark.parametrize("options", [{}, {"mixer": "delta", "state_positions": "fixed", "feature_map": "linear"}])
+@torch.no_grad()
+def test_with_a_window_states_hold_what_has_left_it(ids, changed, window, options):
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = DeltaNetConfig(num_hidden_layers=1, local_window=window, **sizes, **options)
+    model = DeltaNetForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "_map" in name:
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    row = states(replace(changed, model=model), ids)["layer 0"]
+    held = model(ids, use_cache=True)[CACHE].layers[0].recurrent_states[0]
+    assert row["state norm"] == pytest.approx(held.norm(dim=(2, 3)).mean().item(), rel=1e-4)
+    assert (row["state norm"] > 0) == (window < 64)
+    assert 0 <= row["growth"] < 100
+    assert abs(row["key cosine"]) <= 1
+
+
 def test_equal_keys_have_cosine_one_and_opposite_ones_minus_one(changed):
     mixer = changed.model.model.layers[0].self_attn
     x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))
