@@ -175,8 +175,10 @@ def mixer_options(
 ) -> dict:
     """Arguments of `student_config` from the options of the command line, None where one is not given. Raises
     UserError naming the option."""
-    given = {"mixer": mixer, "state_heads": state_heads, "state_positions": state_positions}
-    given |= {
+    given = {
+        "mixer": mixer,
+        "state_heads": state_heads,
+        "state_positions": state_positions,
         "feature_map": feature_map,
         "skip_conv": skip_conv,
         "local_window": local_window,

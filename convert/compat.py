@@ -19,8 +19,13 @@ DEFAULTS = {
     "beta_range": 1,
 }
 """Of the options of a mixer, where neither the user nor --compat says otherwise."""
-_NEEDED = {"state_heads": "expanded", "state_positions": "rotary", "feature_map": "none"}
-_NEEDED |= {"skip_conv": 0, "local_window": 0}
+_NEEDED = {
+    "state_heads": "expanded",
+    "state_positions": "rotary",
+    "feature_map": "none",
+    "skip_conv": 0,
+    "local_window": 0,
+}
 NEEDED = {
     "fla": _NEEDED | {"gate": "none"},
     "qwen3_5": _NEEDED | {"mixer": "gated_delta", "gate": "output", "beta_range": 1},
