@@ -35,8 +35,9 @@ from deltanet_errors import UserError
 
 from .bounds import refuse_misfits, refuse_oversized, weights_folder
 from .config import DeltaNetConfig
-from .mixer import Convolution, DeltaMixer, FeatureMap, Neutral
+from .mixer import DeltaMixer
 from .packed_attention import packed_attention
+from .projections import Convolution, FeatureMap, Neutral
 from .rollback import StateLayer
 
 # transformers 5.24 renamed the argument and the output field from `past_key_values` to `cache`.
