@@ -13,7 +13,7 @@ overrides it was begun with.
 
 Rows are shared out over the GPUs there are (CUDA_VISIBLE_DEVICES). Small models leave a GPU waiting for their process,
 so several rows at once on each (--jobs) take less time in all, and less again where `nvidia-cuda-mps-control -d` was
-started before (docs/results/students.md).
+started before (docs/results/training_step.md).
 """
 
 import argparse

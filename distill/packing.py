@@ -17,7 +17,8 @@ IGNORED = -100
 # passage 256 tokens back, at 1.19x instead of 1.17x its teacher's perplexity (1 M tokens, one H100, November 2026).
 SHORTEST_REPEAT, LONGEST_REPEAT = 32, 447
 NOISE = 0.15
-"""Of the tokens of a sequence with noise, the share that is replaced (what it does: docs/results/students.md)."""
+"""Of the tokens of a sequence with noise, the share that is replaced.
+What it does: docs/results/students-states-alone.md."""
 
 
 @dataclass(frozen=True)

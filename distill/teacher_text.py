@@ -1,9 +1,9 @@
 """Training text that the teacher writes itself, for a model that has to be converted without any data.
 
 Rows are sampled at temperature 1 (what the teacher's own distribution asks for) or from its likeliest tokens (`top_p`,
-without which a small teacher loses the thread: docs/results/students.md), cut into documents where the teacher begins
-another, and kept unless they repeat themselves or one kept before; chats are in teacher_chats.py. They stand in JSON
-lines, one portion a file, so that people can read them and a killed run goes on with the next portion.
+without which a small teacher loses the thread: docs/results/students-states-alone.md), cut into documents where the
+teacher begins another, and kept unless they repeat themselves or one kept before; chats are in teacher_chats.py. They
+stand in JSON lines, one portion a file, so that people can read them and a killed run goes on with the next portion.
 Twin: tests/distill/test_teacher_text.py.
 """
 
@@ -29,7 +29,7 @@ from .token_cache import Facts, Tokens
 
 SHORT, LONG = 256, 1024
 """Tokens of a row: as many as a sequence of the run, within these bounds. A student of short texts does not learn how
-its teacher uses a long one (docs/results/students.md)."""
+its teacher uses a long one (docs/results/students-states-alone.md)."""
 PORTION = 32768  # tokens that a CPU writes before it stores them
 ROWS, SHARE = 2048, 0.4
 """On a GPU, which takes nearly as long for few rows as for many: rows at most, and what their cache may take of the
