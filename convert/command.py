@@ -21,7 +21,7 @@ from deltanet.config import FEATURE_MAPS, MIXERS, STATE_HEADS, STATE_POSITIONS
 from deltanet_errors import UserError, nearest, one_line
 
 from .checkpoint import open_checkpoint
-from .compat import FIELDS, resolve
+from .compat import DEFAULTS, FIELDS, resolve
 from .execute import Written, execute, write_small
 from .families import teacher_config
 from .layouts import LINEAR, parse_layout
@@ -104,6 +104,9 @@ def convert(
             plan.notes.append("the source has no tokenizer; the student has none either")
         plan.notes += strangers(tokenizer, plan.config, generation_settings(opened.folder))
         check_sources(calibrate, held_out, tokenizer)
+        unread = [] if layout.linear else [name for name in DEFAULTS if given[name] is not None]
+        if unread:
+            plan.notes.append(f"no layer is linear, so {', '.join(map(_option, unread))} changes nothing")
         report = {
             "source": opened.name,
             "origin": opened.origin,
@@ -112,6 +115,7 @@ def convert(
             "output": None if out is None else str(out),
             "layout": list(layout.layer_types),
             "picture": layout.picture(),
+            "mixer": plan.config.mixer_in_words if layout.linear else None,
             "tensors": {"kept": plan.count("copy") + plan.count("cast"), "new": plan.count("new")},
             "bytes": plan.num_bytes,
             "dropped": plan.dropped,
@@ -262,7 +266,12 @@ def _refuse_others(options: dict, allowed: tuple[str, ...], why: str) -> None:
     """Raises UserError for the first option, not among those allowed, that is not at its default."""
     for key, default in {"output": None, **defaults_of(convert)}.items():
         if key not in allowed and list_of(options[key]) != list_of(default):
-            raise UserError(f"{'-o' if key == 'output' else '--' + key.replace('_', '-')}: {why}")
+            raise UserError(f"{'-o' if key == 'output' else _option(key)}: {why}")
+
+
+def _option(name: str) -> str:
+    """What an argument is called on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def defaults_of(function: Callable) -> dict[str, object]:
@@ -274,7 +283,7 @@ def defaults_of(function: Callable) -> dict[str, object]:
 def describe(report: dict) -> str:
     """The report as text for people."""
     tensors = report["tensors"]
-    lines = [f"layers   {report['picture']}"]
+    lines = [f"layers   {report['picture']}", f"mixer    {report['mixer'] or 'none: no layer is linear'}"]
     if "plan" in report:
         width = max(len(target) for _, _, target, _, _ in report["plan"])
         for source, operation, target, shape, num_bytes in report["plan"]:

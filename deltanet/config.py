@@ -250,6 +250,15 @@ class DeltaNetConfig(PreTrainedConfig):
         return 0.0 if self.local_window else 1.0
 
     @property
+    def mixer_in_words(self) -> str:
+        """What the linear layers are, such as "gated_delta, shared states, fixed positions, a window of 256"."""
+        parts = [self.mixer, f"{self.state_heads} states"]
+        parts += [f"{self.state_positions} positions"] if self.state_positions != "rotary" else []
+        parts += [f"{self.feature_map} feature maps"] if self.feature_map != "none" else []
+        parts += [f"a window of {self.local_window}"] if self.local_window else []
+        return ", ".join(parts)
+
+    @property
     def num_state_heads(self) -> int:
         """How many delta-rule states a linear layer keeps."""
         return self.num_key_value_heads if self.state_heads == "shared" else self.num_attention_heads

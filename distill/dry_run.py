@@ -61,12 +61,9 @@ def describe(recipe: Recipe, cache: Path) -> str:
     if teacher is not None:
         lines = [f"teacher  {recipe.teacher.model}, {_count(teacher) / 1e6:,.1f} M parameters"]
     kinds = config.layer_types
-    window = f", a window of {config.local_window}" if config.local_window else ""
-    maps = f", {config.feature_map} feature maps" if config.feature_map != "none" else ""
-    positions = f", {config.state_positions} positions" if config.state_positions != "rotary" else ""
     lines.append(
         f"student  {_count(config) / 1e6:,.1f} M parameters, {kinds.count('linear_attention')} of {len(kinds)} layers "
-        f"linear ({config.mixer}, {config.state_heads} states{positions}{maps}{window})"
+        f"linear ({config.mixer_in_words})"
     )
     lines.append("\nsource               documents      tokens     dropped  sequences")
     for report in {report.source: report for plan in plans for report in plan.reports}.values():

@@ -95,7 +95,7 @@ def make_card(folder: Path, config: DeltaNetConfig | None = None, form: str | No
         "## How to load it",
         LOAD[form],
         "## Limits",
-        _limits(config, bool(report), form),
+        _limits(config, bool(report), form, recipe),
         "## Licence",
         _licence(licence),
     ]
@@ -175,6 +175,12 @@ def _layers(config: DeltaNetConfig) -> str:
                 if config.local_window
                 else "."
             )
+            + (" Learned maps turn queries and keys before they reach a state." if config.feature_map != "none" else "")
+            + (
+                f" It is read as if all that it holds stood {config.local_window} tokens back."
+                if config.state_positions == "fixed"
+                else ""
+            )
         )
     return "\n\n".join(lines)
 
@@ -246,7 +252,7 @@ def _task_table(tasks: dict) -> str:
     return "\n".join(lines)
 
 
-def _limits(config: DeltaNetConfig, trained: bool, form: str) -> str:
+def _limits(config: DeltaNetConfig, trained: bool, form: str, recipe: str) -> str:
     lines = [
         "What is not in the tables above was not measured; nobody has looked at its safety.",
         "The model inherits what its source gets wrong, and its biases.",
@@ -256,6 +262,8 @@ def _limits(config: DeltaNetConfig, trained: bool, form: str) -> str:
         lines.append(
             "A state of fixed size forgets: exact recall over long distances is weaker than with attention everywhere."
         )
+        if longest := _longest(recipe):
+            lines.append(f"It was trained on sequences of up to {longest:,} tokens; in longer texts it is weaker.")
     if LINEAR in config.layer_types and form in ("deltanet", "remote"):
         lines.append("Assisted generation needs transformers 5.24 or newer, and sequences without padding.")
     if not trained:
@@ -284,6 +292,13 @@ def _held_out(recipe: str) -> list[str]:
     paths = [source.get("path") or source.get("dataset") or "the teacher's own" for source in sources]
     firsts = [path[0] if isinstance(path, list) else path for path in paths]
     return [source.get("name") or Path(first).name for source, first in zip(sources, firsts)]
+
+
+def _longest(recipe: str) -> int | None:
+    """Tokens of the longest sequences of a run."""
+    told = (yaml.safe_load(recipe) if recipe else None) or {}
+    usual = (told.get("data") or {}).get("seq_len")
+    return max((stage.get("seq_len") or usual or 0 for stage in told.get("stages") or ()), default=usual) or None
 
 
 def _datasets(recipe: str) -> list[str]:

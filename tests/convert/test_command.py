@@ -74,6 +74,7 @@ def test_a_dry_run_prints_every_tensor_and_writes_nothing(teacher, tmp_path, cap
     assert run(teacher, "-o", tmp_path / "deep" / "student", "--dry-run") == 0
     text = capsys.readouterr().out
     assert "dAAd" in text
+    assert "mixer    gated_delta, expanded states\n" in text
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
     convert(teacher, tmp_path / "student", calibrate=["none"])
     from safetensors import safe_open
@@ -87,6 +88,21 @@ def test_a_dry_run_prints_every_tensor_and_writes_nothing(teacher, tmp_path, cap
         sum(num_bytes for *_, num_bytes in plan)
         == json.loads((tmp_path / "student" / "conversion.json").read_text())["bytes"]
     )
+
+
+def test_the_mixer_is_told_in_words_and_options_that_nothing_reads_are_noted(teacher, tmp_path, capsys):
+    options = "--mixer delta --state-heads shared --local-window 8 --feature-map linear --state-positions fixed"
+    options = options.split()
+    assert run(teacher, "--dry-run", "--hybrid", "none", *options) == 0
+    told = capsys.readouterr()
+    assert "mixer    delta, shared states, fixed positions, linear feature maps, a window of 8\n" in told.out
+    assert "changes nothing" not in told.err
+    assert run(teacher, "--dry-run", "--hybrid", "all", "--beta-range", "2", *options) == 0
+    told = capsys.readouterr()
+    assert "mixer    none: no layer is linear\n" in told.out
+    assert "--mixer, --state-heads, --state-positions, --feature-map, --local-window, --beta-range changes" in told.err
+    assert run(teacher, "--dry-run", "--hybrid", "all") == 0
+    assert "changes nothing" not in capsys.readouterr().err
 
 
 def test_every_mixer_option_reaches_the_config(teacher, tmp_path):

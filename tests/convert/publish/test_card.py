@@ -103,6 +103,23 @@ def test_a_distillation_adds_its_results_its_recipe_and_its_data(student):
     assert "dataset: owner/novels" in card.text
 
 
+def test_the_card_says_for_how_long_texts_a_student_was_trained(student):
+    assert "sequences of up to" not in card_of(student).text
+    told = {"data": {"seq_len": 1024}, "stages": [{"kind": "distil"}, {"kind": "long", "seq_len": 4096}]}
+    (student / "deltanet_recipe.yaml").write_text(yaml.safe_dump(told))
+    assert "trained on sequences of up to 4,096 tokens" in card_of(student).text
+    (student / "deltanet_recipe.yaml").write_text(yaml.safe_dump(told | {"stages": [{"seq_len": 256}]}))
+    assert "trained on sequences of up to 256 tokens" in card_of(student).text
+
+
+def test_what_a_state_holds_and_how_it_is_read_is_told(source, tmp_path):
+    options = {"local_window": 8, "feature_map": "linear", "state_positions": "fixed", "skip_conv": 2}
+    convert(source, tmp_path / "student", hybrid="layers:1", calibrate=["none"], **options)
+    text = card_of(tmp_path / "student").text
+    assert "of the tokens before the last 8; to those and the first it attends. Learned maps turn queries" in text
+    assert "as if all that it holds stood 8 tokens back" in text
+
+
 def test_every_number_in_the_measured_section_stands_in_a_file(student):
     (student / "closeness.json").write_text(json.dumps(CLOSENESS))
     (student / "report.json").write_text(json.dumps(REPORT))
