@@ -122,7 +122,7 @@ def convert_parser() -> argparse.ArgumentParser:
         "  deltanet-convert demo -o student\n"
         "  deltanet-convert llama-1b --hybrid global2 -o student\n"
         "  deltanet-convert ./my-model --hybrid every:4 --calibrate text.jsonl -o student\n"
-        "  deltanet-convert ./my-model --local-window 128 --state-heads shared -o student    # starts far closer\n"
+        "  deltanet-convert ./my-model --hybrid none --local-window 0 -o student    # states alone\n"
         "  deltanet-convert ./my-model --rank recall --calibrate text.jsonl -o ranking.json\n"
         "  deltanet-convert ./my-model --hybrid ranking.json:4 --calibrate text.jsonl -o student\n"
         "  deltanet-convert student --verify\n"
@@ -152,7 +152,7 @@ def convert_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--state-heads",
         metavar="S",
-        help="a state per query head (expanded, default) or per key/value head (shared)",
+        help="a state per key/value head (shared, default) or query head (expanded, default without a window)",
     )
     parser.add_argument(
         "--state-positions",
@@ -169,13 +169,13 @@ def convert_parser() -> argparse.ArgumentParser:
         "--skip-conv",
         type=int,
         metavar="TAPS",
-        help="tokens of v that bypass the state; 0 is off (default: 4)",
+        help="tokens of v that bypass the state; 0 is off (default: 0, without a window 4)",
     )
     parser.add_argument(
         "--local-window",
         type=int,
         metavar="W",
-        help="softmax attention to the last W tokens and the first; the state holds those before; 0 (default) is off",
+        help="softmax attention to the last W tokens and the first; the state holds those before; 0: off (default 128)",
     )
     parser.add_argument(
         "--conv", type=int, metavar="K", help="convolution over q, k, v of K tokens; 0 is off (default: 0)"
@@ -266,6 +266,7 @@ def push_parser() -> argparse.ArgumentParser:
         "deltanet-push",
         "Send a verified student to the Hugging Face Hub as one commit, with the token of `hf auth login` or HF_TOKEN.",
         "examples:\n"
+        "  deltanet-push student user/name --dry-run\n"
         "  deltanet-push student user/name\n"
         "  deltanet-push runs/chat/export user/name --public --card README-edited.md",
     )
@@ -276,6 +277,7 @@ def push_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
     parser.add_argument("--card", metavar="FILE", help="send FILE as README.md, in place of the one in FOLDER")
+    parser.add_argument("--dry-run", action="store_true", help="verify, list what would be sent; asks the Hub nothing")
     return parser
 
 

@@ -98,7 +98,7 @@ def write(kind: str, source: str, out: Path, *, hybrid: str = "global2", seed: i
         layout = parse_layout(hybrid, teacher.config.layer_types, teacher.config.sliding_window)
         if kind != "scratch" and not layout.linear:
             raise UserError(f"--hybrid {hybrid}: no layer is linear, so {kind} would be the teacher itself")
-        config = student_config(teacher.config, layout, **mixer_options(**DEFAULTS | options))
+        config = student_config(teacher.config, layout, **mixer_options(**dict.fromkeys(DEFAULTS) | options))
         KINDS[kind](teacher, config, seed).save_pretrained(staging.folder)
         for path in (path for pattern in COMPANIONS for path in opened.folder.glob(pattern) if path.is_file()):
             target = staging.folder / path.relative_to(opened.folder)
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--hybrid", default="global2", metavar="LAYOUT")
     for name, default in DEFAULTS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default))
     parser.add_argument("--seed", type=int, default=0, help="of random weights")
     arguments = vars(parser.parse_args())
     try:

@@ -87,7 +87,7 @@ class Teacher(Section):
 
 
 class Mixer(Section):
-    """Which layers keep attention, and what the others have; names and defaults of deltanet-convert."""
+    """Which layers keep attention, and what the others have; names as in deltanet-convert."""
 
     hybrid: Text = Field(
         "global2", description="global2, swa[:WINDOW], every:N, none, all, layers:1,5,9, RANKING.json:N"
@@ -111,6 +111,13 @@ class Mixer(Section):
 class Convert(Mixer):
     """The options of deltanet-convert, by the same names and with the same defaults."""
 
+    state_heads: Literal["expanded", "shared"] = Field("shared", description="without a window expanded")
+    skip_conv: int = Field(0, ge=0, description="tokens of v that bypass the state; without a window 4")
+    local_window: int = Field(
+        128,
+        ge=0,
+        description="last tokens that softmax attention sees, and the first; the state holds those before; 0 is off",
+    )
     state_positions: Literal["rotary", "fixed"] = Field(
         "rotary",
         description="of what a state holds: as RoPE has them, or all as far back as local_window (0: without RoPE)",
@@ -127,11 +134,11 @@ class Convert(Mixer):
     @model_validator(mode="before")
     @classmethod
     def _settle(cls, given: object) -> object:
-        """Options of the mixer that are not given are as `compat` needs them."""
-        if not isinstance(given, dict) or given.get("compat") is None:
+        """Options of the mixer that are not given are as `compat` needs them, or as usual beside the others."""
+        if not isinstance(given, dict):
             return given
         try:
-            return given | resolve(given["compat"], {name: given.get(name) for name in MIXER_DEFAULTS})
+            return resolve(given.get("compat"), {name: given.get(name) for name in MIXER_DEFAULTS}) | given
         except UserError as error:
             raise ValueError(str(error)) from None
 

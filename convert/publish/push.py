@@ -74,11 +74,9 @@ def push(
     from huggingface_hub import HfApi
 
     folder = Path(folder)
-    check_repository(repository)
-    _check_revision(revision, pr)
+    _check_target(repository, revision, pr)
     token = require_token(repository)
-    content = _content(folder, card)
-    _mind_the_name(folder, repository)
+    content = _content(folder, card, repository)
     _limit_silence()
     api = HfApi(token=token, library_name="deltanet")
     url = f"{api.endpoint}/{repository}"
@@ -96,10 +94,31 @@ def push(
     return link or (f"{url}/tree/{revision}" if revision else url)
 
 
+def plan(
+    folder: str | Path,
+    repository: str,
+    *,
+    revision: str | None = None,
+    pr: bool = False,
+    card: str | Path | None = None,
+) -> dict[str, int]:
+    """The files that `push` would send of a folder that passes, and their bytes. Asks the Hub nothing, and needs no
+    token. Raises as `push` does before anything is sent."""
+    _check_target(repository, revision, pr)
+    return {name: item.size for name, item in _content(Path(folder), card, repository).items()}
+
+
 def run(arguments) -> None:
-    """The command line: pushes and prints the link."""
-    options = {key: value for key, value in vars(arguments).items() if key != "debug"}
-    print(push(**options))
+    """The command line: pushes and prints the link, or with --dry-run prints what would be sent."""
+    options = {key: value for key, value in vars(arguments).items() if key not in ("debug", "dry_run")}
+    if not arguments.dry_run:
+        print(push(**options))
+        return
+    sizes = plan(**{key: value for key, value in options.items() if key not in ("public", "message")})
+    for name, size in sorted(sizes.items()):
+        print(f"{size:>15,} B  {name}")
+    where = "a pull request to " if arguments.pr else f"branch {arguments.revision} of " if arguments.revision else ""
+    print(f"{sum(sizes.values()):>15,} B  in {len(sizes)} files for {where}{arguments.repository}; nothing was sent")
 
 
 def check_repository(name: str) -> None:
@@ -132,7 +151,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _check_revision(revision: str | None, pr: bool) -> None:
+def _check_target(repository: str, revision: str | None, pr: bool) -> None:
+    check_repository(repository)
     if revision is not None and pr:
         raise UserError(f"--revision {revision}: a pull request (--pr) is made against main; give one of the two")
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
@@ -141,8 +161,9 @@ def _check_revision(revision: str | None, pr: bool) -> None:
         raise UserError(f"--revision {revision!r}: not the name of a branch; letters, digits, '-', '_', '.' and '/'")
 
 
-def _content(folder: Path, card: str | Path | None) -> dict[str, Item]:
-    """What is sent, by name: verified, on the list of `files.py`, and no link."""
+def _content(folder: Path, card: str | Path | None, repository: str) -> dict[str, Item]:
+    """What is sent, by name: verified, on the list of `files.py`, and no link. What the licence asks of the name is
+    told."""
     verify(folder).refuse("; nothing was sent")
     listed, content = read_manifest(folder), {}
     for name, (size, digest) in listed.items():
@@ -154,6 +175,7 @@ def _content(folder: Path, card: str | Path | None) -> dict[str, Item]:
             say(f"note: {name} stays here; it is not one of the files that are published")
     if card is not None:
         content[README] = Item.of(_read_card(Path(card)))
+    _mind_the_name(folder, repository)
     sent = {name: (item.size, item.sha256) for name, item in content.items()}
     text = (folder / MANIFEST).read_bytes() if sent == listed else as_manifest(sent).encode("utf-8")
     return content | {MANIFEST: Item.of(text)}

@@ -5,7 +5,7 @@ from tiny import make_teacher
 
 import cli
 from convert import convert
-from convert.compat import DEFAULTS, NEEDED, resolve
+from convert.compat import DEFAULTS, NEEDED, WITHOUT_WINDOW, resolve
 from convert.formats import REWRITTEN, write_format
 from deltanet import load_student
 from deltanet_errors import UserError
@@ -41,7 +41,16 @@ def test_what_it_leaves_open_may_be_chosen():
         "local_window": 0, "state_positions": "rotary", "feature_map": "none",
     }  # fmt: skip
     assert resolve("qwen3_5", NONE)["conv"] == 4
+
+
+def test_without_a_window_a_student_has_more_states_and_a_way_past_them():
     assert resolve(None, NONE | {"conv": 3}) == DEFAULTS | {"conv": 3}
+    alone = DEFAULTS | WITHOUT_WINDOW
+    assert resolve(None, NONE | {"local_window": 0}) == alone
+    assert resolve(None, NONE | {"gate": "output"}) == alone | {"gate": "output"}
+    assert resolve(None, NONE | {"local_window": 0, "state_heads": "shared", "skip_conv": 2}) == alone | {
+        "state_heads": "shared", "skip_conv": 2,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def write_recipe(path: Path, teacher: Path, **changes) -> Path:
     recipe = {
         "version": 1,
         "teacher": {"model": str(teacher)},
-        "student": {"convert": {"hybrid": "layers:1", "calibrate": "none"}},
+        # States alone: a window would see all of texts as short as these.
+        "student": {"convert": {"hybrid": "layers:1", "calibrate": "none", "local_window": 0}},
         "data": {"sources": [{"path": str(DEMO / "text.txt")}], "seq_len": 32},
         "stages": [
             {"kind": "align", "steps": 6, "warmup_steps": 2},

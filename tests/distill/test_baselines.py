@@ -26,12 +26,12 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(teacher):
     folder = teacher.with_name("plain")
-    convert(teacher, folder, hybrid=HYBRID, calibrate=("none",))
+    convert(teacher, folder, hybrid=HYBRID, calibrate=("none",), local_window=0)
     return load_student(folder)
 
 
 def made(kind, teacher, tmp_path, **options):
-    write(kind, str(teacher), tmp_path / kind, **{"hybrid": HYBRID} | options)
+    write(kind, str(teacher), tmp_path / kind, **{"hybrid": HYBRID, "local_window": 0} | options)
     return load_student(tmp_path / kind)
 
 
@@ -66,7 +66,7 @@ def test_windows_are_the_teacher_on_shorter_texts_only(teacher, tmp_path):
     mine, theirs = logits(student, seen + 1), logits(load_teacher(teacher), seen + 1)
     assert (mine[:, :seen] - theirs[:, :seen]).abs().max() < 1e-5
     assert (mine[:, seen] - theirs[:, seen]).abs().max() > 1e-4
-    own = made("windows", teacher, tmp_path / "own", local_window=8)
+    own = made("windows", teacher, tmp_path / "own", local_window=8, state_heads="expanded")
     assert own.config.local_window == WINDOW + 8
 
 
@@ -118,8 +118,8 @@ def test_scratch_has_the_students_shapes_and_random_weights(teacher, plain, tmp_
     assert {name for name, w in found.items() if w.ndim == 2 and w.abs().max() > 0}.isdisjoint(same)
     spread = found["model.layers.1.self_attn.q_proj.weight"].std().item()
     assert spread == pytest.approx(student.config.initializer_range, rel=0.1)
-    write("scratch", str(teacher), tmp_path / "again", hybrid=HYBRID)
-    write("scratch", str(teacher), tmp_path / "other", hybrid=HYBRID, seed=1)
+    write("scratch", str(teacher), tmp_path / "again", hybrid=HYBRID, local_window=0)
+    write("scratch", str(teacher), tmp_path / "other", hybrid=HYBRID, seed=1, local_window=0)
     assert torch.equal(logits(load_student(tmp_path / "again")), logits(student))
     assert not torch.equal(logits(load_student(tmp_path / "other")), logits(student))
 
@@ -142,7 +142,7 @@ def test_repeated_rows_are_the_known_mistake(tmp_path):
         torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim == 1 else None
     model.save_pretrained(tmp_path / "teacher")
     student = made("repeated-rows", tmp_path / "teacher", tmp_path)
-    convert(tmp_path / "teacher", tmp_path / "plain", hybrid=HYBRID, calibrate=("none",))
+    convert(tmp_path / "teacher", tmp_path / "plain", hybrid=HYBRID, calibrate=("none",), local_window=0)
     plain = load_student(tmp_path / "plain")
 
     assert (logits(student) - logits(plain)).abs().max() > 0.1
@@ -167,7 +167,7 @@ def test_repeated_rows_need_heads_that_share(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_starts_from_it(kind, teacher, tmp_path):
-    write(kind, str(teacher), tmp_path / kind, hybrid=HYBRID)
+    write(kind, str(teacher), tmp_path / kind, hybrid=HYBRID, local_window=0)
     stages = [{"kind": "distil", "steps": 2}]
     recipe = write_recipe(tmp_path / "r.yaml", teacher, stages=stages, data__seq_len=2 * WINDOW)
     facts = distil(recipe, ["student.convert=null", f"student.model={tmp_path / kind}"], output=tmp_path / "run")

@@ -19,7 +19,7 @@ def write_recipe(folder: Path) -> Path:
     return small_run.write_recipe(
         folder / "r.yaml",
         teacher,
-        student={"convert": {"hybrid": "layers:1", "calibrate": [text]}},
+        student={"convert": {"hybrid": "layers:1", "calibrate": [text], "local_window": 0}},
         data={"sources": [{"from_teacher": 1000}, {"path": text}], "seq_len": 32},
         stages=[
             {"kind": "align", "steps": 2, "warmup_steps": 1},

@@ -234,6 +234,23 @@ def test_the_command_prints_the_link_alone_on_stdout(student, hub, capsys):
     assert "no config.json" in capsys.readouterr().err
 
 
+def test_a_dry_run_lists_what_a_push_sends_and_asks_the_hub_nothing(student, hub, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert cli.push_main([str(student), NAME, "--dry-run", "--revision", "v2"]) == 0
+    told = capsys.readouterr()
+    assert hub.paths() == []
+    *files, last = [line.split(None, 2) for line in told.out.splitlines()]
+    assert {name: int(size.replace(",", "")) for size, _, name in files} == {
+        name: len(data) for name, data in files_of(student).items()
+    }
+    assert last[2] == f"in {len(files)} files for branch v2 of {NAME}; nothing was sent"
+    (student / "config.json").write_text("{}")
+    assert cli.push_main([str(student), NAME, "--dry-run"]) == 1
+    assert "config.json" in capsys.readouterr().err
+    assert cli.push_main([str(student), "no repository", "--dry-run"]) == 2
+    assert hub.paths() == []
+
+
 def test_code_goes_along_only_where_the_config_names_it(student, hub):
     (student / "modeling_x.py").write_text("# flat code for readers without the package\n")
     config = json.loads((student / "config.json").read_text())

@@ -68,7 +68,7 @@ def test_missing_added_renamed_and_misshapen_tensors_are_named(whole):
     assert "model.norm.weight: missing" in said
     assert "model.norm.wieght: unexpected" in said
     assert "model.extra: unexpected" in said
-    assert "b_proj.bias: is [3], but config.json makes it [2]" in said
+    assert "b_proj.bias: is [3], but config.json makes it [1]" in said
 
 
 def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_a_fault(whole):
