@@ -12,11 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_recurrent_attention_mask,
-    create_sliding_window_causal_mask,
-)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -29,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from deltanet_errors import UserError
@@ -46,6 +43,18 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 def _seen_tokens(cache, layer_idx: int = 0) -> int:
     return getattr(cache, "seen_tokens", 0)
+
+
+def _padding(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    """(B, T), 0 where one of these tokens is padding; None where none is and no row begins behind padding alone.
+    transformers' own takes no single token for padding, but a prompt may be run in pieces; so does this one where the
+    graph of decoding is recorded."""
+    if mask is None or mask.ndim != 2:
+        return None
+    before, now = mask[:, :-tokens].bool(), mask[:, -tokens:]
+    if tokens == 1 if is_tracing(mask) else now.bool().all() and (not before.shape[1] or before.any(1).all()):
+        return None
+    return now.contiguous()
 
 
 class Counting:
@@ -236,7 +245,8 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         past_key_values=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """input_ids (B, T) or inputs_embeds (B, T, D); attention_mask (B, past + T) with 0 at padding.
+        """input_ids (B, T) or inputs_embeds (B, T, D); attention_mask (B, past + T) with 0 at padding; columns behind
+        those, as for a cache that is yet to be filled, say nothing.
 
         cu_seqlens (N + 1,) int32: B = 1 holds N packed documents, which do not see each other. longest: tokens of the
         longest of them, for a caller who knows; else the device is asked, which waits for all it has to do.
@@ -255,12 +265,15 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
             cache = DynamicCache(config=self.config)
         if cu_seqlens is None and cache is None and attention_mask is None and position_ids is not None:
             cu_seqlens = self._documents(position_ids, tokens)
+        seen = _seen_tokens(cache) + tokens
+        self._refuse_mask(attention_mask, seen)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, :seen]
         if position_ids is None:
             position_ids = self._positions(batch, tokens, attention_mask, cache, cu_seqlens, inputs_embeds.device)
         if cache is not None:
             _teach(cache, self.config)
-            cache.seen_tokens = _seen_tokens(cache) + tokens
-        self._refuse_mask(attention_mask, _seen_tokens(cache) or tokens)
+            cache.seen_tokens = seen
 
         masks = attention_mask
         if cu_seqlens is not None and self.config._attn_implementation == "sdpa" and not self.config.attention_dropout:
@@ -335,7 +348,7 @@ class DeltaNetModel(DeltaNetPreTrainedModel):
         makers = {
             "full_attention": lambda: create_causal_mask(**arguments),
             "sliding_attention": lambda: create_sliding_window_causal_mask(**arguments),
-            "linear_attention": lambda: create_recurrent_attention_mask(**arguments),
+            "linear_attention": lambda: _padding(attention_mask, inputs_embeds.shape[1]),
         }
         return {kind: makers[kind]() for kind in set(self.config.layer_types)}
 

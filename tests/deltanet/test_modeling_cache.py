@@ -104,6 +104,42 @@ def test_padding_is_a_no_op_for_logits_and_for_what_follows(layout, side):
             assert (after[i, 0] - alone[-1]).abs().max() < EXACT
 
 
+@pytest.mark.parametrize("variant", ["plain", "conv", "exact-start", "local", "local-fixed"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pieces", [(8, 1), (2, 6, 1), (1,) * 9])
+@torch.no_grad()
+def test_a_padded_prompt_may_be_run_in_pieces_of_one_token_too(variant, side, pieces):
+    model, width = tiny_model(**VARIANTS[variant]), 9
+    rows, next_ids = [tokens(1, n, seed=n) for n in (3, 9, 1, 8)], tokens(4, 2, seed=77)
+    ids, mask = torch.full((len(rows), width), 5), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        columns = slice(width - row.shape[1], None) if side == "left" else slice(row.shape[1])
+        ids[i, columns], mask[i, columns] = row[0], 1
+    ids, mask = torch.cat([ids, next_ids], 1), torch.cat([mask, torch.ones_like(next_ids)], 1)
+    parts, cache, start = [], None, 0
+    for size in (*pieces, 1, 1):
+        logits, cache = run(model, ids[:, start : start + size], cache, attention_mask=mask[:, : start + size])
+        parts.append(logits)
+        start += size
+    logits = torch.cat(parts, 1)
+    for i, row in enumerate(rows):
+        alone = model(torch.cat([row, next_ids[i : i + 1]], 1), use_cache=False).logits[0]
+        assert (logits[i][mask[i].bool()] - alone).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_mask_may_be_as_long_as_the_text_that_is_yet_to_come(layout):
+    model, ids = tiny_model(layout), tokens(2, 12)
+    mask = torch.zeros(2, 30, dtype=torch.long)
+    mask[:, :12] = 1
+    whole = model(ids, use_cache=False).logits
+    assert (model(ids, attention_mask=mask, use_cache=False).logits - whole).abs().max() < EXACT
+    first, cache = run(model, ids[:, :5], attention_mask=mask)
+    second, _ = run(model, ids[:, 5:], cache, attention_mask=mask)
+    assert (torch.cat([first, second], 1) - whole).abs().max() < EXACT
+
+
 @torch.no_grad()
 def test_padding_leaves_no_trace_in_the_state():
     model, row = tiny_model("none"), tokens(1, 7)
