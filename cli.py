@@ -30,6 +30,16 @@ class _Parser(argparse.ArgumentParser):
         self.tell(f"{message} (--help lists the options)")
         self.exit(2)
 
+    def refuse_no_names(self, values: dict) -> None:
+        """Ends the command where a name is empty, as of a variable that is not set: a path would take it for the
+        current folder. The same where it holds a zero byte, which no name does."""
+        for action in self._actions:
+            value = values.get(action.dest)
+            if action.dest in ("prompt", "message") or not isinstance(value, str) or (value and "\0" not in value):
+                continue
+            name = action.option_strings[-1] if action.option_strings else action.metavar
+            self.error(f"{name}: {'holds a zero byte' if value else 'is empty'}")
+
     def tell(self, text: str) -> None:
         """One line on stderr, in which no secret is repeated that an option held by mistake."""
         from distill.redact import mask
@@ -89,6 +99,7 @@ def _of_source() -> str:
 def _run(parser: _Parser, argv: Sequence[str] | None, call: Callable) -> int:
     """Parses, calls, and turns errors into one line on stderr and an exit code."""
     arguments = parser.parse_intermixed_args(argv)  # KEY.PATH=VALUE may follow an option
+    parser.refuse_no_names(vars(arguments))
     for name, level in QUIET.items():
         os.environ.setdefault(name, level)
     try:

@@ -248,8 +248,8 @@ def _open_pickled(folder: Path, files: list[str]) -> Checkpoint:
     """Pickled weights the user allowed: PyTorch's weights_only unpickler, which runs no code of the file."""
     checkpoint = Checkpoint(folder, {})
     index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        files = list(dict.fromkeys(_read_index(index)[0].values()))
+    promised = _read_index(index)[0] if index.is_file() else {}
+    files = list(dict.fromkeys(promised.values())) or files
     for file in files:
         path = folder / file
         if Path(file).name != file or not path.is_file():
@@ -258,9 +258,18 @@ def _open_pickled(folder: Path, files: list[str]) -> Checkpoint:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # the unpickler raises many kinds; each means the file cannot be trusted or read
             raise UserError(f"{path}: unreadable with weights_only: {one_line(error)}") from None
+        if not isinstance(state, dict):
+            raise UserError(f"{path}: holds a {type(state).__name__}, not tensors by name")
         for name, tensor in state.items():
-            if not isinstance(tensor, torch.Tensor) or name in checkpoint.entries:
-                raise UserError(f"{path}: {name} is not a tensor, or is in two files")
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+                raise UserError(f"{path}: {name} is a {type(tensor).__name__}, not a plain tensor of weights")
+            if name in checkpoint.entries:
+                raise UserError(f"{path}: {name} is in {checkpoint.entries[name].file.name} too")
+            if promised and promised.get(name) != file:
+                raise UserError(f"{path}: has {name}, which {index.name} says is in {promised.get(name) or 'no file'}")
             size = tensor.numel() * tensor.element_size()
             checkpoint.entries[name] = Entry(name, tensor.dtype, tuple(tensor.shape), path, 0, size, tensor)
+    absent = next((name for name in promised if name not in checkpoint.entries), None)
+    if absent is not None:
+        raise UserError(f"{folder / promised[absent]}: has no {absent}, though {index.name} says so")
     return checkpoint

@@ -80,7 +80,7 @@ def convert(
     from .formats import check_format
     from .text import check_sources
 
-    out = None if output is None else Path(output)
+    out = None if output is None else Path(output).expanduser()
     options = mixer_options(
         mixer, state_heads, state_positions, feature_map, skip_conv, local_window, conv, gate, beta_range, compat
     )
@@ -130,31 +130,31 @@ def convert(
         overrides = {}
         report["closeness"] = None
         store = out.absolute().with_name(f".{out.name}.calibration")
-        if layout.linear and tuple(calibrate) != ("none",):
-            with _saying_what_stays(store):
-                overrides, report["closeness"], report["calibration"] = _calibrate(
-                    opened.folder, plan, tokenizer, calibrate, held_out, seed, store, where
-                )
         try:
-            with Staging(out, overwrite) as staging:
-                with progress("writing", plan.num_bytes / 1e6, "MB") as advance:
-                    written = execute(
-                        plan,
-                        checkpoint,
-                        staging.folder,
-                        max_shard_size=limit,
-                        overrides=overrides,
-                        advance=lambda num_bytes: advance(num_bytes / 1e6),
+            with _saying_what_stays(store):
+                if layout.linear and tuple(calibrate) != ("none",):
+                    overrides, report["closeness"], report["calibration"] = _calibrate(
+                        opened.folder, plan, tokenizer, calibrate, held_out, seed, store, where
                     )
-                report["tensors"] = {
-                    "kept": written.kept,
-                    "kept_identical": written.kept_identical,
-                    "refitted": written.refitted,
-                    "new": written.new,
-                }
-                _timed(report, start)
-                _write_companions(opened, plan, staging.folder, written, report)
-                staging.commit()
+                with Staging(out, overwrite) as staging:
+                    with progress("writing", plan.num_bytes / 1e6, "MB") as advance:
+                        written = execute(
+                            plan,
+                            checkpoint,
+                            staging.folder,
+                            max_shard_size=limit,
+                            overrides=overrides,
+                            advance=lambda num_bytes: advance(num_bytes / 1e6),
+                        )
+                    report["tensors"] = {
+                        "kept": written.kept,
+                        "kept_identical": written.kept_identical,
+                        "refitted": written.refitted,
+                        "new": written.new,
+                    }
+                    _timed(report, start)
+                    _write_companions(opened, plan, staging.folder, written, report)
+                    staging.commit()
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"-o {out}: the disk is full ({plan.num_bytes:,} bytes are needed)") from None
@@ -311,8 +311,9 @@ def describe(report: dict) -> str:
 
 def load_tokenizer(folder: Path):
     """The tokenizer of a checkpoint folder, or None where it has no tokenizer files. Raises UserError if unreadable."""
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
+    from deltanet.generate import TOKENIZERS
+
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
     from transformers import AutoTokenizer
 
@@ -358,7 +359,7 @@ def _calibrate(
 
 @contextlib.contextmanager
 def _saying_what_stays(store: Path) -> Iterator[None]:
-    """Left before its end, however, the calibration says which layers it need not fit again, and where they are."""
+    """Left before its end, however, a conversion says which layers it need not fit again, and where they are."""
     try:
         yield
     except BaseException:

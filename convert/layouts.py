@@ -74,7 +74,8 @@ def parse_layout(text: str, teacher_types: list[str], window: int | None = None,
     elif name == "layers" and value:
         kept = {_number(where, index, 0, num_layers - 1) for index in value.split(",")}
     elif text == "swa" or (name == "swa" and value):
-        size = _number(where, value, 1, None) if value else DEFAULT_WINDOW
+        # Of a window of one transformers' cache of a sliding layer keeps everything.
+        size = _number(where, value, 2, None) if value else DEFAULT_WINDOW
         size = min(size, window) if window else size
         return Layout(tuple(SLIDING if index % 2 else LINEAR for index in range(num_layers)), size)
     else:

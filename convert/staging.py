@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import shutil
 import uuid
@@ -17,6 +18,9 @@ from pathlib import Path
 from deltanet_errors import DeltanetError, UserError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
+ENDINGS = (".safetensors", ".json", ".bin", ".model", ".jinja", ".md", ".py", ".html", ".png", ".gguf", ".yaml")
+NAMES = ("merges.txt", "vocab.txt")
+"""Of what stands in a checkpoint folder."""
 LONGEST_NAME = 233
 """Bytes of OUT's name: 255 on every file system of Linux, less what the sibling's name adds."""
 
@@ -24,21 +28,41 @@ LONGEST_NAME = 233
 def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
     """Raises UserError where OUT may not be written: it exists, is no checkpoint, or is or holds the source."""
     if source is not None:
-        ours, theirs = out.resolve(), source.resolve()
+        ours, theirs = (Path(os.path.realpath(path)) for path in (out, source))
         if ours == theirs or ours in theirs.parents:
             raise UserError(f"-o {out}: is, or holds, the source {source}")
     if len(os.fsencode(out.name)) > LONGEST_NAME:
         raise UserError(f"-o {out}: the name is too long; allowed: {LONGEST_NAME} bytes")
     if not os.path.lexists(out):
-        parent = next(path for path in out.absolute().parents if path.exists())
+        parent = next(path for path in out.absolute().parents if os.path.lexists(path))
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"-o {out}: {parent} is not a folder that can be written")
         return
     if not overwrite:
         raise UserError(f"-o {out}: exists already; --overwrite replaces it once the new one is complete")
-    is_checkpoint = (out / "config.json").is_file() or (out.is_dir() and not any(out.iterdir()))
-    if out.is_symlink() or not is_checkpoint:
+    if out.is_symlink() or not out.is_dir() or not (_is_checkpoint(out) or not any(out.iterdir())):
         raise UserError(f"-o {out}: --overwrite replaces a checkpoint folder or an empty one only, and this is neither")
+    foreign = next((path for path in sorted(out.iterdir()) if not _may_go(path)), None)
+    if foreign is not None:
+        raise UserError(f"-o {out}: --overwrite would delete {foreign.name}, which is no part of a checkpoint; move it")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether there are a model's configuration and weights."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return isinstance(kind, str) and any(folder.glob("*.safetensors")) | any(folder.glob("*.bin"))
+
+
+def _may_go(path: Path) -> bool:
+    """Whether it is of a kind that checkpoints have: hidden, a file with such an ending, or a folder of such files."""
+    if path.name.startswith("."):
+        return True
+    if path.is_dir() and not path.is_symlink():
+        return all(map(_may_go, path.iterdir()))
+    return path.suffix in ENDINGS or path.name in NAMES or path.name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))
 
 
 class Staging:

@@ -27,6 +27,7 @@ UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thin
 """What a turn may say besides its content."""
 TOOLS = ("tools", "functions")
 """Where a row lists the tools that its chat may call."""
+CALLS = ("function_call", "observation")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 FILE, FOLDER = "a file", "a folder"
@@ -168,6 +169,8 @@ def _parquet_records(file: str | Path) -> Iterator[tuple[str, object]]:
         raise UserError(
             f"{file}: damaged, or text that is not UTF-8, at row {row} or after: {one_line(error)}"
         ) from None
+    except OverflowError as error:
+        raise UserError(f"{file}: a date beyond Python's at row {row} or after: {one_line(error)}") from None
     except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: not a parquet file: {one_line(error)}") from None
 
@@ -257,6 +260,7 @@ def _opened(turns: Messages, record: dict, place: str, read: Sequence[str]) -> M
     [question, answer]; keys that the turns were `read` from are not beside them. Raises UserError where they cannot
     stand there, and where it lists tools."""
     beside = {key: value for key, value in record.items() if key not in read and not _is_empty(value)}
+    _refuse_weight(record, place)
     for key in TOOLS:
         if key in beside:
             raise UserError(f"{place} {key}: not read; write the tools into a system turn, as the chat template would")
@@ -302,10 +306,21 @@ def _turns(turns: object, where: str, said_by: str | None = None) -> Messages:
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(f"{where}[{number}]: expected an object with role and content, both text")
         role = ROLES.get(role, role)
-        if role == "assistant" and given.get("weight") == 0:
-            raise UserError(f"{where}[{number}]: weight 0 is not read, so this answer would be a target like any other")
+        if role in CALLS:
+            raise UserError(f"{where}[{number}]: turns of {role!r} are not read; write it into the content, as text")
+        if role == "assistant":
+            _refuse_weight(given, f"{where}[{number}]")
         messages.append({"role": role, "content": encodable(content, f"{where}[{number}]")})
     return messages
+
+
+def _refuse_weight(given: dict, place: str) -> None:
+    """Raises UserError where a turn or a row says that its answers are not to be learnt, or not like others."""
+    for key in ("weight", "train"):
+        if given.get(key) not in (None, 1):
+            raise UserError(
+                f"{place}: {key} {given[key]!r} is not read, so this answer would be a target like any other"
+            )
 
 
 def encodable(text: str, place: str) -> str:

@@ -17,6 +17,9 @@ FORMAT_VERSION = 1
 MOST_LAYERS = 10_000
 """More than any model has; lists with an entry per layer are made before a tensor is looked at."""
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
+WIDEST = 4096
+"""Tokens of a local window that are always allowed; more only of a model with as many positions, since every layer's
+cache has room for all of them."""
 MIXERS = ("gated_delta", "delta")
 STATE_HEADS = ("shared", "expanded")
 FEATURE_MAPS = ("none", "linear")
@@ -223,6 +226,9 @@ class DeltaNetConfig(PreTrainedConfig):
         for field in ("skip_taps", "conv_kernel", "local_window"):
             if getattr(self, field) < 0:
                 raise UserError(f"config.{field} is {getattr(self, field)}; allowed: 0 (off) or more")
+        widest = max(WIDEST, self.max_position_embeddings)
+        if self.local_window > widest:
+            raise UserError(f"config.local_window is {self.local_window}; allowed: up to {widest:,}")
         if self.local_window and not self.read_gate:
             raise UserError(f"config.local_window is {self.local_window}, but config.read_gate is off; it needs one")
         if 0 < self.local_window < self.skip_taps:

@@ -4,7 +4,15 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextStreamer,
+)
 from transformers.utils import logging
 
 from deltanet_errors import UserError, nearest, one_line
@@ -13,6 +21,10 @@ from .bounds import refuse_misfits, refuse_oversized
 from .config import max_context
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# Of one of these a tokenizer is read.
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,6 +53,8 @@ def load(model: str, device: torch.device, dtype: torch.dtype | str):
     if not (folder / "config.json").is_file():
         raise UserError(f"{model}: not a checkpoint folder (no config.json)")
     loaded = load_model(folder, dtype, model)
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise UserError(f"{model}: has no tokenizer (none of {', '.join(TOKENIZERS)})")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -122,6 +136,7 @@ def generate(
             num_beams=num_beams,
             repetition_penalty=repetition_penalty,
             streamer=streamer,
+            logits_processor=LogitsProcessorList([_Finite(model)]),
             pad_token_id=pad if pad is not None else tokenizer.eos_token_id,
             **sampling,
         )
@@ -129,6 +144,18 @@ def generate(
     if streamer is None:
         print(text if chat else prompt + text)
     return text
+
+
+class _Finite(LogitsProcessor):
+    """Stops at the first token whose scores are no numbers, of which the likeliest would be taken without a word."""
+
+    def __init__(self, model: str):
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.isnan().any():
+            raise UserError(f"{self.model}: the model's logits are not numbers; deltanet-convert --verify may say why")
+        return scores
 
 
 def _read(prompt: str) -> str:

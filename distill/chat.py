@@ -12,7 +12,7 @@ from collections.abc import Collection
 import numpy as np
 
 from convert.text_files import Messages
-from deltanet_errors import UserError
+from deltanet_errors import UserError, one_line
 
 
 def encode_chat(
@@ -53,14 +53,12 @@ def encode_chat(
 
 
 def _render(messages: Messages, tokenizer, place: str, prompt: bool = False) -> str:
-    import jinja2
-
     if not tokenizer.chat_template:
         raise UserError(f"{place}: the tokenizer has no chat template, so it cannot hold conversations")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{place}: the chat template refuses the conversation: {error}") from None
+    except Exception as error:  # a template is a program, and fails in every way that programs do
+        raise UserError(f"{place}: the chat template refuses the conversation: {one_line(error)}") from None
 
 
 def _find_turn(messages: Messages, turn: int, whole: str, tokenizer, place: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .broken_pipe import outliving_readers
 from .paths import check_paths, check_texts
 from .recipe import load_recipe, show
 from .resume import check_resume, outlook, run_folder
@@ -21,7 +22,8 @@ def run(arguments) -> None:
     elif arguments.dry_run:
         _dry_run(arguments)
     else:
-        _distil(arguments)
+        with outliving_readers():
+            _distil(arguments)
 
 
 def _read(arguments) -> tuple[Recipe, Path]:

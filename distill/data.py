@@ -202,6 +202,10 @@ def _fit(part: Part, seq_len: int, too_long: str, may_be_short: bool) -> tuple[P
                 "more text or lower seq_len"
             )
         stopped = tokens.facts.stopped / tokens.facts.documents
+        if not may_be_short and not has_target(part, seq_len):
+            raise UserError(
+                f"source {tokens.name}: none of its documents has two tokens, so nothing says what comes next"
+            )
         return part, facts | {
             "packed": facts["tokens"], "dropped": 0, "dropped_documents": 0, "cut_answers": 0,
             "supervised": facts["tokens"], "stop_share": stopped,

@@ -20,6 +20,7 @@ from deltanet.config import max_context
 
 from .checks import check_recipe, check_student, check_teacher
 from .convert_step import config_after
+from .data import Report
 from .first_student import check_free, check_planned, check_there, planned
 from .logit_cache import bytes_a_target, check_top_k
 from .losses import CHUNK_BYTES, FLOATS
@@ -66,10 +67,7 @@ def describe(recipe: Recipe, cache: Path) -> str:
         f"linear ({config.mixer_in_words})"
     )
     lines.append("\nsource               documents      tokens     dropped  sequences")
-    for report in {report.source: report for plan in plans for report in plan.reports}.values():
-        lines.append(
-            f"{report.source:<18}{report.documents:>12,}{report.tokens:>12,}{report.dropped:>12,}{report.sequences:>11,}"
-        )
+    lines += _read_lines(plans)
     held = sum(part.num_tokens for part in prepared.held_out)
     lines.append(f"held out: {held:,} tokens")
     lines.append("\nstage         kind        steps  batch x length      tokens    epochs    trained")
@@ -79,6 +77,23 @@ def describe(recipe: Recipe, cache: Path) -> str:
     lines += _cache_lines(recipe, plans, vocab_size)
     lines.append(_memory(recipe, list(zip(plans, configs[1:])), teacher))
     return "\n".join(lines)
+
+
+def _read_lines(plans: list[StagePlan]) -> list[str]:
+    """What becomes of every source; of one that stages read in ways of their own, a line for each way."""
+    ways: dict[str, dict[Report, list[str]]] = {}
+    for plan in plans:
+        for report in plan.reports:
+            ways.setdefault(report.source, {}).setdefault(report, []).append(plan.stage.name)
+    lines = []
+    for source, reports in ways.items():
+        for report, stages in reports.items():
+            line = (
+                f"{source:<18}{report.documents:>12,}{report.tokens:>12,}{report.dropped:>12,}{report.sequences:>11,}"
+            )
+            line += f"  answers cut: {report.cut_answers:,}" if report.cut_answers else ""
+            lines.append(line + (f"  in {', '.join(stages)}" if len(reports) > 1 else ""))
+    return lines
 
 
 def _student(recipe: Recipe, teacher: DeltaNetConfig) -> DeltaNetConfig:

@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C: the first asks the run to end (exit code 75), the second ends the process at once.
+"""SIGTERM, Ctrl-C and a terminal that closes (SIGHUP): the first asks the run to end (exit code 75), the second ends
+the process at once, but for SIGHUP, which shell and kernel may both send. What nohup has it ignore stays ignored.
 
 Everything a run keeps appears by a rename, so the first signal may cut almost any work: it raises where the work is
 (`at_once`). Only training is not cut (`noted`): there the handler sets a flag, at which the loop looks after every
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 
 from deltanet_errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class _Cut(BaseException):
@@ -30,7 +31,8 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            ours = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._note) for number in ours}
         return self
 
     def __exit__(self, *_) -> None:
@@ -69,6 +71,8 @@ class Interrupts:
             raise _Cut
 
     def _note(self, number: int, _frame) -> None:
+        if self.requested is not None and number == signal.SIGHUP:
+            return
         if self.requested is not None:
             os._exit(128 + number)
         self.requested = signal.Signals(number).name

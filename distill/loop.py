@@ -123,7 +123,8 @@ def train(engine: Engine, job: Job, rim: Rim) -> None:
         before = now
         last = step + 1 == job.num_steps
         if job.measure_every_steps and (step + 1) % job.measure_every_steps == 0 and not last:
-            record |= {f"held_out_{name}": value for name, value in rim.measure().items()}
+            measured = rim.measure().items()
+            record |= {f"held_out_{name}": value if math.isfinite(value) else None for name, value in measured}
         if world.is_main and ((step + 1) % job.log_every == 0 or last or not applied):
             rim.log.write(record)
             progress.show(record)

@@ -110,6 +110,7 @@ class Progress:
         self.shown = now
         left = (now - self.started) / max(step - self.first, 1) * (self.num_steps - step)
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        loss += "" if record["applied"] else " (skipped: loss or gradient not finite)"
         memory = f"  {record['memory_gb']:.1f} GB" if "memory_gb" in record else ""
         line = (
             f"{self.name} {step}/{self.num_steps}  loss {loss}  lr {record['lr']:.2g}  "

@@ -3,6 +3,7 @@
 Twin: tests/distill/test_checks.py.
 """
 
+import filecmp
 from pathlib import Path
 
 from convert.text_files import WORDS, check_file
@@ -19,18 +20,31 @@ def check_paths(recipe: Recipe) -> None:
     that is trained on too, and where the folder of the teacher's cache cannot be written."""
     files = {source.name: find_files(source) for source in recipe.data.sources}
     read = trained_sources(recipe)
-    trained = {(file.resolve(), source.field): source.name for source in read for file in files[source.name]}
+    used = [
+        (file, source.field, f"the stages train on, as source {source.name}")
+        for source in read
+        for file in files[source.name]
+    ]
+    if recipe.student.convert is not None:
+        fitted = [Path(name) for name in recipe.student.convert.calibrate if name not in WORDS]
+        used += [(file, None, "student.convert.calibrate fits on") for file in fitted if file.is_file()]
     for source in recipe.evaluation.sources:
         for file in find_files(source):
-            other = trained.get((file.resolve(), source.field))
-            if other is not None:
-                raise UserError(
-                    f"evaluation.sources: source {source.name}: {file} is the very text that the stages train on, as "
-                    f"source {other}; give it text of its own, or leave evaluation.sources out, and data.held_out "
-                    "keeps a part of every source"
-                )
+            for other, field, by in used:
+                other_column = None not in (field, source.field) and field != source.field
+                if not other_column and _same_bytes(file, other):
+                    raise UserError(
+                        f"evaluation.sources: source {source.name}: {file} is the very text that {by}; give it text of "
+                        "its own, or leave evaluation.sources out, and data.held_out keeps a part of every source"
+                    )
     if recipe.teacher is not None and recipe.teacher.cache is not None and recipe.teacher.cache.folder is not None:
         check_folder(Path(recipe.teacher.cache.folder), "teacher.cache.folder")
+
+
+def _same_bytes(file: Path, other: Path) -> bool:
+    return file.samefile(other) or (
+        file.stat().st_size == other.stat().st_size and filecmp.cmp(file, other, shallow=False)
+    )
 
 
 def check_texts(recipe: Recipe, run: Path) -> None:

@@ -198,7 +198,17 @@ def _text_of(source: Source) -> tuple | None:
         return "from_teacher", source.name
     if source.dataset is not None:
         return "dataset", source.dataset, source.config, source.split, source.revision, source.field
-    return None if source.task is None else ("task", source.task, source.options, source.seed)
+    return None if source.task is None else ("task", source.task, _options_of(source), source.seed)
+
+
+def _options_of(source: Source) -> dict:
+    """Of a task, with every default filled in; as they are where they are wrong, which is told elsewhere."""
+    from .evaluation.tasks import TASKS
+
+    try:
+        return TASKS[source.task].options(source.options)
+    except (KeyError, UserError):
+        return source.options
 
 
 def _check_written(recipe: Recipe) -> Broken:
@@ -271,6 +281,9 @@ def _check_stage(recipe: Recipe, stage, path: KeyPath, names: list) -> Broken:
                 (*path, "losses", index, "name"),
                 f"{loss.name!r} is there twice; the metrics have one column of a name",
             )
+    for index, name in enumerate(stage.sources or ()):
+        if name in stage.sources[:index]:
+            yield (*path, "sources", index), f"{name!r} is there twice; how much of it is read, its weight says"
     if not stage.losses and stage.kind != "convert_step":
         yield (*path, "losses"), "no loss to train on"
     if stage.kind == "onpolicy" and recipe.deepspeed.stage == 3:

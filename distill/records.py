@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from convert.publish.files import CLOSENESS, EVALUATION, RECORD, REPORT
+from convert.publish.manifest import MANIFEST
 from deltanet_errors import UserError, one_line
 
 from .prepare import Prepared, StagePlan
@@ -25,6 +27,9 @@ from .schema import Recipe
 from .token_cache import file_digest
 from .world import World
 
+INPUTS = "inputs.json"
+TOLD = (MANIFEST, RECORD, CLOSENESS, REPORT, EVALUATION, "ranking.json")
+"""Files of a checkpoint that tell how it was made and what was measured, such as in how many seconds."""
 PACKAGES = ("deltanet", "torch", "triton", "transformers", "deepspeed", "peft", "safetensors", "datasets", "numpy")
 
 
@@ -36,26 +41,33 @@ def write_records(
     prepared: Prepared,
     plans: list[StagePlan],
     world: World,
+    came_from: Path | None = None,
 ) -> None:
-    """Writes recipe.yaml, environment.json and inputs.json. Raises UserError where the inputs of a run that goes on
-    are no longer those it was started with."""
+    """Writes recipe.yaml, environment.json and inputs.json. Raises UserError where the inputs of a run that goes on,
+    here or from a commit of the run in `came_from`, are no longer those it was started with."""
     inputs = {
         "teacher": {} if teacher is None else checkpoint_digests(teacher),
         "student": checkpoint_digests(student),
         "sources": {name: part.tokens.digest for name, part in prepared.train.items()},
         "stages": {plan.stage.name: plan.corpus.digest for plan in plans},
     }
-    path = folder / "inputs.json"
-    if (folder / RECIPE).is_file():
-        before = _read_inputs(path, inputs)
-        for kind, digests in inputs.items():
-            for name in sorted(digests.keys() | before[kind].keys()):
-                if digests.get(name) != before[kind].get(name):
-                    raise UserError(f"{folder}: {kind} {name} is not what the run was started with; restore it")
+    path = folder / INPUTS
+    for run in {folder, came_from or folder}:
+        if (run / RECIPE).is_file():
+            _refuse_others(inputs, run)
     data = {plan.stage.name: [asdict(report) for report in plan.reports] for plan in plans}
     write_whole(path, json.dumps(inputs | {"data": data}, indent=2))
     write_whole(folder / "environment.json", json.dumps(_environment(world), indent=2))
     write_whole(folder / RECIPE, show(recipe))
+
+
+def _refuse_others(inputs: dict[str, dict], run: Path) -> None:
+    """Raises UserError for the first input that is not what `run` was started with."""
+    before = _read_inputs(run / INPUTS, inputs)
+    for kind, digests in inputs.items():
+        for name in sorted((digests.keys() | before[kind].keys()) - set(TOLD)):
+            if digests.get(name) != before[kind].get(name):
+                raise UserError(f"{run}: {kind} {name} is not what the run was started with; restore it")
 
 
 def _read_inputs(path: Path, kinds: Iterable[str]) -> dict[str, dict]:
@@ -82,7 +94,7 @@ def write_whole(path: Path, text: str) -> None:
 def checkpoint_digests(folder: Path) -> dict[str, str]:
     """sha256 of every file that decides what a checkpoint folder is."""
     names = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".model"))
-    return {path.name: file_digest(path) for path in names}
+    return {path.name: file_digest(path) for path in names if path.name not in TOLD}
 
 
 def _environment(world: World) -> dict:

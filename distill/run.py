@@ -17,6 +17,7 @@ are the same thing. Twins: tests/distill/test_run.py, tests/fault/test_kill.py.
 import contextlib
 import functools
 import gc
+import math
 import os
 import shutil
 import sys
@@ -35,7 +36,7 @@ from convert.sources import open_source
 from convert.tokens import num_ids
 from deltanet import DeltaNetConfig, DeltaNetForCausalLM, load_student
 from deltanet.config import max_context
-from deltanet_errors import UserError
+from deltanet_errors import DeltanetError, UserError
 
 from . import lora
 from .checks import check_recipe, check_student, check_teacher, engine_settings
@@ -160,7 +161,7 @@ class _Run:
         self.plans = plan_stages(self.recipe, prepared)
         self.held_out = held_out_sequences(self.recipe, prepared)
         self.measured_on = sequences_digest(self.held_out)
-        once(self.world, lambda: self._write_records(prepared))
+        once(self.world, lambda: self._write_records(prepared, commit))
         limit = self.recipe.evaluation.task_examples
         once(self.world, lambda: check_tasks(self.tasks, tokenizer, self.vocab_size, longest, limit))
         self.log = MetricsLog(self.folder / "metrics.jsonl")
@@ -210,8 +211,11 @@ class _Run:
         dtype, offload = names.get(self.recipe.teacher.dtype, dtype), self.recipe.teacher.offload == "cpu"
         return frozen_teacher(self.teacher_folder, dtype, self.world, in_parts=self.in_parts, offload=offload)
 
-    def _write_records(self, prepared: Prepared) -> None:
-        write_records(self.folder, self.recipe, self.teacher_folder, self.start, prepared, self.plans, self.world)
+    def _write_records(self, prepared: Prepared, commit: Commit | None) -> None:
+        came_from = None if commit is None else commit.folder.absolute().parent.parent
+        write_records(
+            self.folder, self.recipe, self.teacher_folder, self.start, prepared, self.plans, self.world, came_from
+        )
 
     def _train_from(self, commit: Commit | None, results: list[dict]) -> Commit:
         """Every stage that is not finished. `results` grows by a row after each."""
@@ -409,7 +413,13 @@ class _Run:
 
     def _measure_folder(self, name: str, folder: Path) -> dict:
         model = frozen_student(folder, torch.float32, self.world, in_parts=self.in_parts)
-        return {"model": name, **self._figures(model, self._recalled_teacher())}
+        figures = self._figures(model, self._recalled_teacher())
+        if not all(map(math.isfinite, figures.values())):
+            raise DeltanetError(
+                f"{name}: what the model says of held-out text is not finite, so nothing is exported ({folder}). Where "
+                "training diverged, try a lower stages.N.lr or a longer warm-up, in a folder of its own"
+            )
+        return {"model": name, **figures}
 
     def _recalled_teacher(self) -> DeltaNetForCausalLM | None:
         """The teacher to measure with, read again where a cache let it go."""

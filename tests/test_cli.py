@@ -30,6 +30,24 @@ def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "name"),
+    [
+        ("convert", ["demo", "-o", ""], "--output"),
+        ("convert", ["", "--verify"], "SOURCE"),
+        ("generate", ["", "hello"], "MODEL"),
+        ("push", ["", "user/name"], "FOLDER"),
+        ("eval", ["student", "--against", ""], "--against"),
+        ("distill", [""], "RECIPE"),
+        ("distill", ["quickstart", "-o", ""], "--output"),
+    ],
+)
+def test_an_empty_name_is_not_the_current_folder(command, arguments, name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        COMMANDS[f"deltanet-{command}"](arguments)
+    assert capsys.readouterr().err == f"deltanet-{command}: {name}: is empty (--help lists the options)\n"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers_in_half_a_second_without_torch(command):
     code = (
@@ -63,7 +81,6 @@ def test_help_answers_in_half_a_second_without_torch(command):
         (["quickstart", "student.convert.calibrate=absent.txt"], 2, "student.convert.calibrate: absent.txt: no such"),
         (["quickstart", "-o", "twice.yaml"], 2, "-o twice.yaml: twice.yaml is a file, not a folder"),
         (["quickstart", "-o", "twice.yaml", "--dry-run"], 2, "-o twice.yaml: twice.yaml is a file, not a folder"),
-        (["quickstart", "-o", ""], 2, "-o '': the name of the folder is empty"),
         (["quickstart", "--resume", "absent"], 2, "--resume absent: no such commit; say auto, never or a folder in"),
         (["quickstart", "--resume", "absent", "--dry-run"], 2, "--resume absent: no such commit; say auto, never"),
         (["quickstart", "--print-config"], 0, "micro_batch_size: "),

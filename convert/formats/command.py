@@ -52,7 +52,7 @@ def write_format(
     student, a student that the format cannot express, an `output` that may not be written, and a full disk; then
     nothing is left at `output`.
     """
-    student, output = Path(student), Path(output)
+    student, output = Path(student), Path(output).expanduser()
     if name not in FORMATS:
         check_format(name, DeltaNetConfig(num_hidden_layers=0), "--format")
     raw = read_config(student)

@@ -69,7 +69,7 @@ def rank(
     options = mixer_options(
         mixer, state_heads, state_positions, feature_map, skip_conv, local_window, conv, gate, beta_range, compat
     )
-    out = check_target(Path(output), overwrite)
+    out = check_target(Path(output).expanduser(), overwrite)
     if "none" in calibrate:
         raise UserError(f"--calibrate none: --rank {method} needs text; give files, or self")
     start = time.monotonic()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from convert.publish.manifest import MANIFEST
 from deltanet_errors import UserError
 
 from ..output import output_folder
@@ -26,6 +27,8 @@ def run(arguments) -> None:
     """The command line: the report on standard output, as Markdown, what matters most once more at its end, or with
     --json as one object."""
     out = None if arguments.output is None else output_folder(arguments.output)
+    if out is not None and (out / MANIFEST).is_file():
+        raise UserError(f"-o {out}: a checkpoint whose {MANIFEST} would no longer fit; name a folder beside it")
     with _kept(out) as keep:
         report = evaluate(
             arguments.student,

@@ -210,6 +210,39 @@ def test_pickled_weights_need_permission_and_run_no_code(teacher):
     assert not (teacher / "attacked").exists()
 
 
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "index", "message"),
+    [
+        ([1.0], None, None, "pytorch_model.bin: holds a list, not tensors by name"),
+        ({"a": 5}, None, None, "pytorch_model.bin: a is a int, not a plain tensor"),
+        ({3: ONE.to_sparse()}, None, None, "pytorch_model.bin: 3 is a Tensor, not a plain tensor"),
+        ({"a": ONE}, {"a": ONE}, {}, r"a is in pytorch_model.*bin too"),
+        (
+            {"a": ONE},
+            {"b": ONE},
+            {"a": 2, "b": 1},
+            r"pytorch_model-2.bin: has b, which .* says is in pytorch_model.bin",
+        ),
+        ({"a": ONE}, {"b": ONE, "c": ONE}, {"a": 1, "b": 2}, r"model-2.bin: has c, which .* says is in no file"),
+        ({"a": ONE}, {"b": ONE}, {"a": 1, "b": 2, "ghost": 2}, r"pytorch_model-2.bin: has no ghost, though"),
+    ],
+)
+def test_pickled_weights_that_are_not_as_they_should_be_are_named(teacher, first, second, index, message):
+    (teacher / "model.safetensors").unlink()
+    files = {1: "pytorch_model.bin", 2: "pytorch_model-2.bin"}
+    for number, state in ((1, first), (2, second)):
+        if state is not None:
+            torch.save(state, teacher / files[number])
+    if index:
+        placed = {name: files[number] for name, number in index.items()}
+        (teacher / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(teacher, allow_pickle=True)
+
+
 def test_folders_that_are_no_checkpoints_are_refused(tmp_path, teacher):
     with pytest.raises(UserError, match="not a checkpoint"):
         open_checkpoint(tmp_path)

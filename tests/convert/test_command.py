@@ -106,7 +106,7 @@ def test_the_mixer_is_told_in_words_and_options_that_nothing_reads_are_noted(tea
 
 
 def test_the_usual_student_of_the_demo_starts_near_it(tmp_path):
-    """Seen on 28 November 2026: 1.002 times the teacher's perplexity and a KL of .0021, with states alone 1.147, .134."""
+    """Seen on 28 November 2026: 1.002 times the teacher's perplexity, KL .0021; with states alone 1.147 and .134."""
     measured = convert("demo", tmp_path / "student")["closeness"]
     assert measured["student_perplexity"] < 1.01 * measured["teacher_perplexity"]
     assert measured["kl"] < 0.01

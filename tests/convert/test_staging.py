@@ -1,6 +1,7 @@
 """The output folder appears whole or not at all, whatever stops the conversion and wherever."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,11 +98,11 @@ def test_folders_made_to_hold_the_output_go_with_it_unless_they_are_used(tmp_pat
 def test_overwrite_replaces_the_old_in_one_go(can_swap, teacher, tmp_path, monkeypatch):
     out = tmp_path / "student"
     convert(teacher, out, hybrid="all", calibrate=["none"])
-    (out / "old").write_text("old")
+    (out / "old.json").write_text("old")
     if not can_swap:
         monkeypatch.setattr("convert.staging.ctypes.CDLL", lambda *_, **__: object())
     convert(teacher, out, hybrid="none", calibrate=["none"], overwrite=True)
-    assert not (out / "old").exists()
+    assert not (out / "old.json").exists()
     assert set(load_student(out).config.layer_types) == {"linear_attention"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
@@ -138,13 +139,26 @@ def test_where_the_output_may_not_go(teacher, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious").write_text("x")
+    app = tmp_path / "app"
+    (app / "src").mkdir(parents=True)
+    (app / "config.json").write_text('{"port": 80}')
+    model = shutil.copytree(teacher, tmp_path / "model")
+    check_target(model, True)
+    (model / "notes" / "deep").mkdir(parents=True)
+    (model / "notes" / "deep" / "mine.txt").write_text("x")
     link = tmp_path / "link"
     link.symlink_to(teacher)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
     for out, overwrite, says in (
         (other, False, "exists already"),
         (other, True, "neither"),
         (file, True, "neither"),
         (link, True, "neither"),
+        (loop, True, "neither"),
+        (loop / "below", False, "not a folder"),
+        (app, True, "neither"),
+        (model, True, "would delete notes, which is no part of a checkpoint"),
         (file / "below", False, "not a folder"),
         (teacher, True, "the source"),
         (tmp_path, True, "the source"),

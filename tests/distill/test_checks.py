@@ -1,6 +1,7 @@
 """What would stop a run at a later stage, or at its end, stops it before it makes anything, and stops its plan."""
 
 import re
+import shutil
 
 import pytest
 import small_run
@@ -66,6 +67,18 @@ def test_a_fault_of_a_later_stage_or_of_the_end_stops_the_run_and_its_plan_at_on
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=pattern):
         describe(load_recipe(recipe, overrides), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+@pytest.mark.parametrize("by", ["the stages train on, as source held", "student.convert.calibrate fits on"])
+def test_text_to_be_measured_on_is_neither_trained_nor_calibrated_on_under_any_name(tmp_path, is_copy, by):
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", small_run.write_teacher(tmp_path / "teacher"))
+    held = tmp_path / "r-held.txt"
+    used = shutil.copy(held, tmp_path / "copy.txt") if is_copy else held
+    key = "data.sources.0={name: held, path: '%s'}" if "source" in by else "student.convert.calibrate=['%s']"
+    with pytest.raises(UserError, match=f"held.txt is the very text that {by}; give it text of its own"):
+        distil(recipe, [key % used], output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

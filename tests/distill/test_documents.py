@@ -104,6 +104,26 @@ def test_conversations_in_every_known_shape_are_the_same(tmp_path):
             {"kind": "chat"},
             r"a.jsonl:1 messages\[1\]: weight 0 is not read",
         ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a", "weight": -1}]}',
+            {"kind": "chat"},
+            r"a.jsonl:1 messages\[0\]: weight -1 is not read",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a", "train": false}]}',
+            {"kind": "chat"},
+            r"a.jsonl:1 messages\[0\]: train False is not read",
+        ),
+        (
+            '{"weight": 0, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
+            {"kind": "chat"},
+            r"a.jsonl:1: weight 0 is not read",
+        ),
+        (
+            '{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f()"}]}',
+            {"kind": "chat"},
+            r"a.jsonl:1 conversations\[1\]: turns of 'function_call' are not read",
+        ),
         ('{"text": "a"}', {"kind": "chat"}, r"a.jsonl:1: no messages or .* among the keys text"),
         (
             '{"instruction": 5, "output": "a"}',

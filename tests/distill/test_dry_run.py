@@ -1,5 +1,6 @@
 """The plan of a run, printed and not carried out."""
 
+import json
 import types
 
 import pytest
@@ -39,6 +40,26 @@ def test_it_says_how_often_every_source_is_read(tmp_path):
     stage = lines.index(next(line for line in lines if line[:1] == ["align"]))
     assert lines[stage + 1] == ["small", "75.0%", "of", "it", f"{24 * 0.75 / small:.2f}"]
     assert lines[stage + 2] == ["large", "25.0%", "of", "it", f"{24 * 0.25 / large:.2f}"]
+
+
+def test_a_source_that_stages_read_in_ways_of_their_own_has_a_line_for_each(tmp_path):
+    teacher = small_run.write_teacher(tmp_path / "teacher")
+    small_run.teach_chats(teacher)
+    turns = [{"role": "user", "content": "Once"}, {"role": "assistant", "content": "upon a time there was a dog. " * 8}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(40)))
+    stages = [{"kind": "distil", "steps": 1, "seq_len": 32}, {"kind": "long", "steps": 1, "seq_len": 128}]
+    recipe = small_run.write_recipe(
+        tmp_path / "r.yaml",
+        teacher,
+        data={"sources": [{"name": "chats", "path": str(tmp_path / "chats.jsonl"), "kind": "chat"}]},
+        stages=stages,
+    )
+    lines = describe(load_recipe(recipe), tmp_path / "cache").splitlines()
+    short, long = (line for line in lines if line.startswith("chats "))
+    assert short.endswith("answers cut: 40  in distil")
+    assert long.endswith("in long")
+    assert "cut" not in long
+    assert int(short.split()[3].replace(",", "")) > 0 == int(long.split()[3])
 
 
 def test_the_commands_print_and_leave_nothing_behind(tmp_path, capsys):

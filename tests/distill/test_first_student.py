@@ -86,7 +86,7 @@ def test_the_student_of_a_run_that_has_started_is_left_alone(made, tmp_path):
 
 def test_a_student_elsewhere_is_used_if_it_is_what_would_be_made_and_refused_if_not(made, tmp_path):
     elsewhere = f"student.model={tmp_path / 'elsewhere'}"
-    convert(tmp_path / "teacher", tmp_path / "elsewhere", hybrid="layers:1", calibrate=["none"])
+    convert(tmp_path / "teacher", tmp_path / "elsewhere", hybrid="layers:1", calibrate=["none"], local_window=0)
     assert made(elsewhere)[1] == []
     with pytest.raises(UserError, match=r"elsewhere is there and not what student\.convert makes: its layer_types is"):
         made(elsewhere, "student.convert.hybrid=none")

@@ -32,7 +32,7 @@ def work(body):
         body(interrupts)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_cuts_work_even_where_errors_are_caught_and_the_old_handler_comes_back(number):
     before, reached = signal.getsignal(number), []
 
@@ -90,6 +90,25 @@ def test_what_swallows_the_cut_only_delays_the_end(goes_on):
 
     with pytest.raises(Interrupted, match="stopped by SIGINT"):
         work(body)
+
+
+def test_a_terminal_that_closes_counts_once_and_not_at_all_under_nohup():
+    reached = []
+
+    def body(interrupts):
+        with interrupts.noted():
+            send(signal.SIGHUP)
+            send(signal.SIGHUP)
+            reached.append(interrupts.requested)
+
+    with pytest.raises(Interrupted, match="stopped by SIGHUP"):
+        work(body)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        work(lambda interrupts: (send(signal.SIGHUP), reached.append("went on")))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert reached == ["SIGHUP", "went on"]
 
 
 def test_the_second_signal_ends_the_process_at_once():

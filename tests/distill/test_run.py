@@ -190,6 +190,40 @@ def test_a_second_process_is_refused(made):
         distil(folder / "r.yaml", ["stages.1.steps=2"], output=folder / "run")
 
 
+def test_a_student_that_says_nothing_finite_is_not_exported(tmp_path):
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", small_run.write_teacher(tmp_path / "teacher"))
+    diverging = [
+        {"kind": "align", "steps": 3, "lr": 1e20, "schedule": "constant", "clip": 0},
+        {"kind": "distil", "steps": 2},
+    ]
+    with pytest.raises(DeltanetError, match="after align: what the model says of held-out text is not finite"):
+        distil(recipe, [f"stages={json.dumps(diverging)}"], output=tmp_path / "run")
+    assert not (tmp_path / "run" / "export").exists()
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_commit_of_another_run_goes_on_with_the_text_it_was_trained_on_alone(tmp_path):
+    (tmp_path / "t.txt").write_text((small_run.DEMO / "text.txt").read_text())
+    source = {"name": "t", "path": str(tmp_path / "t.txt")}
+    teacher = small_run.write_teacher(tmp_path / "teacher")
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", teacher, data__sources=[source])
+    distil(recipe, output=tmp_path / "first")
+    commit = sorted((tmp_path / "first" / "commits").iterdir())[0]
+    distil(recipe, output=tmp_path / "same", resume=str(commit))
+    (tmp_path / "t.txt").write_text("Another text. " * 400)
+    with pytest.raises(UserError, match=r"first: sources t is not what the run was started with"):
+        distil(recipe, output=tmp_path / "other", resume=str(commit))
+
+
+def test_a_student_that_was_lost_is_made_again(tmp_path):
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", small_run.write_teacher(tmp_path / "teacher"))
+    distil(recipe, output=tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")
+    distil(recipe, output=tmp_path / "run")
+    assert (tmp_path / "run" / "student" / "config.json").is_file()
+
+
 def test_a_changed_teacher_is_refused(tmp_path):
     teacher = small_run.write_teacher(tmp_path / "teacher")
     recipe = small_run.write_recipe(tmp_path / "r.yaml", teacher, stages=[{"kind": "align", "steps": 1}])

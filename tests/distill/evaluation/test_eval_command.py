@@ -93,6 +93,14 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, folder
     assert message in capsys.readouterr().err
 
 
+def test_a_report_is_not_written_into_a_checkpoint_whose_manifest_it_would_break(folders, capsys):
+    _, student = folders
+    before = sorted(path.name for path in student.iterdir())
+    assert cli.eval_main([str(student), "-o", str(student), "--text", "none", "--tasks", "none"]) == 2
+    assert "a checkpoint whose manifest.json would no longer fit" in capsys.readouterr().err
+    assert sorted(path.name for path in student.iterdir()) == before
+
+
 def test_a_failed_write_leaves_the_former_report(tmp_path, monkeypatch):
     import distill.evaluation.command as command
     from deltanet_errors import UserError
