@@ -152,7 +152,7 @@ def measure(task: dict, world) -> dict:
         compile_layers(module)
     groups = [{"params": list(student.parameters()), "lr": 1e-4, "peak_lr": 1e-4, "weight_decay": 0.0}]
     engine = Engine(module, groups, settings, world, source)
-    job = Job(0, "scaling", task["steps"], 0, 0, task["batch"], task["micro"], Schedule("constant", 1, 0), None)
+    job = Job(0, "scaling", task["steps"], 0, 0, 0, task["batch"], task["micro"], Schedule("constant", 1, 0), None)
     parts = Parts(world.device, teacher, student)
     losses, began = [], time.perf_counter()
     for step in range(task["steps"]):

@@ -33,6 +33,7 @@ class Job:
     num_steps: int
     first_step: int
     steps_before: int
+    tokens_before: int
     batch_size: int
     micro_batch_size: int
     schedule: Schedule
@@ -47,10 +48,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Rim:
-    """What the loop calls at its edges, on every rank together: `commit(steps_done)` makes a checkpoint,
-    `measure()` gives the figures of the held-out text."""
+    """What the loop calls at its edges, on every rank together: `commit(steps_done, tokens)` makes a checkpoint, where
+    so many tokens have changed the weights, `measure()` gives the figures of the held-out text."""
 
-    commit: Callable[[int], None]
+    commit: Callable[[int, int], None]
     measure: Callable[[], dict[str, float]]
     log: MetricsLog
     interrupts: Interrupts
@@ -79,6 +80,7 @@ def train(engine: Engine, job: Job, rim: Rim) -> None:
     world, module = engine.world, engine.module
     progress = Progress(job.name, job.num_steps, job.first_step)
     committed, committed_at, skipped, before = job.first_step, time.monotonic(), 0, time.monotonic()
+    learnt_from = job.tokens_before
     for step in range(job.first_step, job.num_steps):
         torch.manual_seed(int(hashed(job.seed, job.index, step, world.rank)[0]) >> 1)
         micro_batches = [[job.sequence(at) for at in positions] for positions in positions_of(step, job, world)]
@@ -97,6 +99,7 @@ def train(engine: Engine, job: Job, rim: Rim) -> None:
             for name, value in pieces.items():
                 parts[name] = parts.get(name, 0.0) + value.double()
         applied, norm = engine.step()
+        learnt_from += int(tokens) if applied else 0
 
         names = list(parts)
         due = _is_due(job, step + 1 - committed, time.monotonic() - committed_at) if world.is_main else False
@@ -134,7 +137,7 @@ def train(engine: Engine, job: Job, rim: Rim) -> None:
             bad = [rank for rank, finite in enumerate(world.gather(math.isfinite(loss))) if not finite]
             raise DeltanetError(_not_finite(job, step, skipped, bad, finite_ranks < world.size))
         if interrupted or due or last:
-            rim.commit(step + 1)
+            rim.commit(step + 1, learnt_from)
             committed, committed_at = step + 1, time.monotonic()
         if interrupted:
             raise Interrupted(

@@ -230,7 +230,10 @@ class _Run:
             goes_on = marks is not None and marks.stage_index == plan.index
             if not goes_on or marks.step < plan.num_steps:
                 folder = self.start if commit is None else commit.folder / STUDENT
-                commit = self._stage(plan, folder, commit if goes_on else None, marks if goes_on else None, results)
+                tokens = 0 if commit is None else Marks(**commit.info["marks"]).tokens
+                commit = self._stage(
+                    plan, folder, commit if goes_on else None, marks if goes_on else None, results, tokens
+                )
                 _free_memory()
             results.append(self._measure_folder(f"after {plan.stage.name}", commit.folder / STUDENT))
             marks = None
@@ -261,12 +264,19 @@ class _Run:
         _free_memory()
 
     def _stage(
-        self, plan: StagePlan, folder: Path, commit: Commit | None, marks: Marks | None, results: list[dict]
+        self,
+        plan: StagePlan,
+        folder: Path,
+        commit: Commit | None,
+        marks: Marks | None,
+        results: list[dict],
+        tokens: int,
     ) -> Commit:
-        """Trains one stage from the student in `folder`, and from the moments of `commit` if it goes on."""
+        """Trains one stage from the student in `folder`, and from the moments of `commit` if it goes on. `tokens` have
+        been learnt from before."""
         stage, training = plan.stage, self.recipe.training
         if stage.kind == "convert_step":
-            return self._convert_more(plan, folder, results)
+            return self._convert_more(plan, folder, results, tokens)
         reads_parts = self.settings.zero_stage == 3 and not stage.lora  # adapters are put on whole matrices
         student, source = student_to_part(folder) if reads_parts else (load_student(folder, dtype=torch.float32), None)
         names = set(trained_names([name for name, _ in student.named_parameters()], stage, student.config))
@@ -307,8 +317,8 @@ class _Run:
             )
         made: list[Commit] = []
 
-        def save(step: int) -> None:
-            position = Marks(plan.index, stage.name, step, engine.steps, self.world.size)
+        def save(step: int, tokens: int) -> None:
+            position = Marks(plan.index, stage.name, step, engine.steps, self.world.size, tokens)
             made[:] = [
                 write_commit(
                     self.commits,
@@ -339,6 +349,7 @@ class _Run:
             num_steps=plan.num_steps,
             first_step=first,
             steps_before=before,
+            tokens_before=tokens,
             batch_size=plan.batch_size,
             micro_batch_size=plan.micro_batch_size,
             schedule=plan.schedule,
@@ -360,7 +371,7 @@ class _Run:
         """What a commit says of itself."""
         return {"marks": asdict(marks), "results": results, "measured_on": self.measured_on}
 
-    def _convert_more(self, plan: StagePlan, start: Path, results: list[dict]) -> Commit:
+    def _convert_more(self, plan: StagePlan, start: Path, results: list[dict], tokens: int) -> Commit:
         """A stage that trains nothing, but makes more layers linear. It is one step, so that it has its commit."""
         stage, training, out = plan.stage, self.recipe.training, self.folder / "steps" / plan.stage.name
 
@@ -375,7 +386,7 @@ class _Run:
             self.commits,
             sum(other.num_steps for other in self.plans[: plan.index]) + 1,
             lambda target: write_state(target, Untrained(), student, self.world),
-            self._info(Marks(plan.index, stage.name, 1, 0, self.world.size), results),
+            self._info(Marks(plan.index, stage.name, 1, 0, self.world.size, tokens), results),
             keep=training.keep_commits,
             ranks=self.world,
             report=_say,
@@ -430,7 +441,7 @@ class _Run:
         teacher = self._recalled_teacher()
         facts = {
             "results": results,
-            "tokens": sum(plan.num_tokens for plan in self.plans),
+            "tokens": Marks(**commit.info["marks"]).tokens,
             "held_out_tokens": sum(sequence.num_tokens for sequence in self.held_out),
         }
         write = functools.partial(

@@ -29,13 +29,14 @@ STUDENT, ADAPTER = "student", "adapter"
 @dataclass(frozen=True)
 class Marks:
     """Where a run stands: `step` steps of stage number `stage_index` are done, `updates` of them changed the weights.
-    It is the `info` of a commit."""
+    `tokens` without padding have changed them since the run began. It is the `info` of a commit."""
 
     stage_index: int
     stage: str
     step: int
     updates: int
     world_size: int
+    tokens: int = 0
 
 
 class _Shards:

@@ -224,6 +224,22 @@ def test_a_student_that_was_lost_is_made_again(tmp_path):
     assert (tmp_path / "run" / "student" / "config.json").is_file()
 
 
+def test_the_tokens_told_are_those_of_the_steps_also_of_a_run_that_went_on(tmp_path):
+    teacher = small_run.write_teacher(tmp_path / "teacher")
+    small_run.teach_chats(teacher)
+    turns = [{"role": "user", "content": "Once"}, {"role": "assistant", "content": "upon a time"}]
+    (tmp_path / "c.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 40)  # packed with padding
+    source = {"name": "c", "path": str(tmp_path / "c.jsonl"), "kind": "chat"}
+    recipe = small_run.write_recipe(tmp_path / "r.yaml", teacher, data__sources=[source])
+    told = distil(recipe, output=tmp_path / "run")["tokens"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 12
+    assert told == sum(json.loads(line)["tokens"] for line in lines) < 12 * 4 * 32
+    for commit in sorted((tmp_path / "run" / "commits").iterdir())[-1:]:
+        shutil.rmtree(commit)
+    assert distil(recipe, output=tmp_path / "run")["tokens"] == told
+
+
 def test_a_changed_teacher_is_refused(tmp_path):
     teacher = small_run.write_teacher(tmp_path / "teacher")
     recipe = small_run.write_recipe(tmp_path / "r.yaml", teacher, stages=[{"kind": "align", "steps": 1}])
