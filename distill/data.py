@@ -247,13 +247,18 @@ def _fit(part: Part, seq_len: int, too_long: str, may_be_short: bool) -> tuple[P
 
 
 def _fit_pairs(part: Part, seq_len: int, facts: dict) -> tuple[Part, dict]:
-    """The pairs of at most seq_len tokens. A longer one is dropped: cut short, it would compare something else."""
+    """The pairs of at most seq_len tokens and two answers. A longer one is dropped, since cut short it would compare
+    something else, and one whose answers are equal, which compares nothing."""
     keep = part.stop - part.start <= seq_len
     if not keep.any():
         raise UserError(
             f"source {part.tokens.name}: none of its {len(keep)} pairs fits into {seq_len} tokens, the shortest has "
             f"{(part.stop - part.start).min()}; raise seq_len"
         )
+    spans = zip(part.start.tolist(), part.middle.tolist(), part.stop.tolist())
+    keep &= [not np.array_equal(part.tokens.ids[a:b], part.tokens.ids[b:c]) for a, b, c in spans]
+    if not keep.any():
+        raise UserError(f"source {part.tokens.name}: in none of its {len(keep)} pairs do the answers differ")
     kept = Part(part.tokens, part.start[keep], part.stop[keep], part.middle[keep])
     supervised = sum(int(part.tokens.marks[a:b].sum()) for a, b in zip(kept.start, kept.stop))
     return kept, facts | {

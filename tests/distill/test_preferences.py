@@ -124,6 +124,21 @@ def test_pairs_too_long_are_dropped_and_counted(tmp_path):
         Corpus([whole(tokens)], seq_len=32)
 
 
+def test_pairs_of_equal_answers_are_dropped_and_counted(tmp_path):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+
+    def reports(*rows):
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = Source(name="p", path=[str(tmp_path / "p.jsonl")], kind="preference")
+        return Corpus([whole(tokenise(source, TOKENIZER, tmp_path / "cache", vocab_size=259))], seq_len=64).reports
+
+    (report,) = reports(*rows)
+    assert (report.documents, report.dropped_documents) == (2, 1)
+    assert report.tokens == report.packed + report.dropped
+    with pytest.raises(UserError, match="source p: in none of its 1 pairs do the answers differ"):
+        reports(rows[0])
+
+
 def stage(**loss):
     return Stage.model_validate(
         {
