@@ -7,6 +7,7 @@ target too. Where any of that fails the sample is refused with the reason; nothi
 Twin: tests/distill/test_chat.py.
 """
 
+import functools
 from collections.abc import Collection
 
 import numpy as np
@@ -23,6 +24,10 @@ def encode_chat(
     train_on: `assistant` (every turn of it), `last` (the last one) or `all` (every token). stop_ids: ids that end a
     turn (the tokenizer's eos and those of the generation config). Raises UserError headed by `place`.
     """
+    for number, message in enumerate(messages):
+        for end in _ends(tokenizer, frozenset(stop_ids)):
+            if end in message["content"]:
+                raise UserError(f"{place}: message {number} holds {end!r}, which the tokenizer takes for its end")
     whole = _render(messages, tokenizer, place)
     encoding = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.array(encoding["input_ids"], np.int64)
@@ -50,6 +55,12 @@ def encode_chat(
         first = np.flatnonzero((ends > start) & (begins < stop))[0]
         supervised[first : marker[0] + 1] = True
     return ids, supervised
+
+
+@functools.lru_cache(maxsize=4)
+def _ends(tokenizer, stop_ids: frozenset[int]) -> tuple[str, ...]:
+    """The stop tokens that a text can spell."""
+    return tuple(str(token) for number, token in tokenizer.added_tokens_decoder.items() if number in stop_ids)
 
 
 def _render(messages: Messages, tokenizer, place: str, prompt: bool = False) -> str:
