@@ -4,6 +4,7 @@ Twin: tests/distill/test_recipe.py.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from deltanet_errors import UserError, nearest
 
@@ -179,6 +180,9 @@ def _check_models(recipe: Recipe) -> Broken:
         other = "convert" if student.convert is not None else "teacher"
         yield ("student", "new"), f"a student from nothing has no teacher; leave out `{other}:`, or `new:`"
     if recipe.teacher is not None:
+        model, revision = recipe.teacher.model, recipe.teacher.revision
+        if revision is not None and (model == "demo" or Path(model).exists()):
+            yield ("teacher", "revision"), f"got {revision!r}, but {model} is local; only a Hub repository has revisions"
         return
     if student.new is None:
         yield ("teacher",), MISSING

@@ -95,6 +95,7 @@ def test_defaults_by_kind_are_filled_in():
         ("hybrid: global2", "beta_range: true", "student.convert.beta_range: got true, expected a whole number"),
         ("hybrid: global2", "max_shard_size: 5XB", "student.convert.max_shard_size: got 5XB: not a size; write it"),
         ("model: demo", "model: ''", "r.yaml:3 teacher.model: got '' (text), expected text that is not"),
+        ("model: demo", "model: demo\n  revision: main", "r.yaml:4 teacher.revision: got 'main', but demo is local"),
         ("stories.jsonl", "[]", "r.yaml:9 data.sources.0.path: got an empty list, expected at least one"),
         ("stories.jsonl", "a.txt\n      separator: ''", "data.sources.0.separator: got '' (text), expected text that"),
         ("stories.jsonl", "a.txt\n      top_p: 0.9", "sources.0.top_p: `top_p:` belongs to `from_teacher:`"),
