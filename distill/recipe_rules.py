@@ -182,7 +182,7 @@ def _check_models(recipe: Recipe) -> Broken:
     if recipe.teacher is not None:
         model, revision = recipe.teacher.model, recipe.teacher.revision
         if revision is not None and (model == "demo" or Path(model).exists()):
-            yield ("teacher", "revision"), f"got {revision!r}, but {model} is local; only a Hub repository has revisions"
+            yield ("teacher", "revision"), f"got {revision!r}, but {model} is local; only Hub repositories have any"
         return
     if student.new is None:
         yield ("teacher",), MISSING
