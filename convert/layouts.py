@@ -87,8 +87,8 @@ def parse_layout(text: str, teacher_types: list[str], window: int | None = None,
 
 def _number(where: str, value: str, low: int, high: int | None) -> int:
     if not re.fullmatch(r"\s*\d{1,18}\s*", value) or int(value) < low or (high is not None and int(value) > high):
-        allowed = f"{low} to {high}" if high is not None else f"{low} or more"
-        raise UserError(f"{where}: {value!r} is not a whole number from {allowed}")
+        allowed = f"from {low} to {high}" if high is not None else f"of {low} or more"
+        raise UserError(f"{where}: {value!r} is not a whole number {allowed}")
     return int(value)
 
 

@@ -202,7 +202,7 @@ class _Run:
 
     def _watch(self, source: Source, tokens: int) -> None:
         """Says how far long preparations are."""
-        what = "tokenised" if source.from_teacher is None else f"of {source.from_teacher:,} tokens are written"
+        what = "tokens so far" if source.from_teacher is None else f"of {source.from_teacher:,} tokens are written"
         self.pulse(f"{source.name}: {tokens:,} {what}")
 
     def _load_teacher(self) -> DeltaNetForCausalLM:

@@ -5,6 +5,7 @@ The file is a JSON object whose `ranking` is what `--hybrid ranking.json:COUNT` 
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -119,7 +120,9 @@ def run(method: str, options: dict, as_json: bool) -> None:
         raise UserError("-o RANKING.json: missing; it names the file for the ranking, which must not exist")
     chosen = {key: value for key, value in options.items() if key not in (*NOT_FOR_RANKING, "source", "output")}
     found = rank(source, output, method, **chosen)
-    given = (f" --{name.replace('_', '-')} {options[name]}" for name in OF_MIXER if options[name] is not None)
+    given = [f" --{name.replace('_', '-')} {options[name]}" for name in OF_MIXER if options[name] is not None]
+    if tuple(options["calibrate"]) != defaults["calibrate"]:
+        given.append(f" --calibrate {shlex.join(options['calibrate'])}")
     print(json.dumps(found) if as_json else describe(found, source, output, "".join(given)))
 
 
@@ -159,8 +162,8 @@ def write_whole(out: Path, content: str) -> None:
         raise UserError(f"-o {out}: the ranking cannot be written: {error.strerror or error}") from None
 
 
-def describe(found: dict, source: str, output: str | Path, mixer: str = "") -> str:
-    """The ranking as text for people; `mixer` are the options that the student should have as well."""
+def describe(found: dict, source: str, output: str | Path, options: str = "") -> str:
+    """The ranking as text for people; `options` are those that the student should have as well."""
     columns = list(found["layers"][0])
     rows = [columns] + [
         [f"{value:.4f}" if isinstance(value, float) else str(value) for value in (row[key] for key in columns)]
@@ -176,6 +179,6 @@ def describe(found: dict, source: str, output: str | Path, mixer: str = "") -> s
             *table,
             "",
             f"fitted on {tokens['fit']:,} tokens, scored on {tokens['scored']:,}; took {found['seconds']:.1f} s",
-            f"next     deltanet-convert {source} --hybrid {output}:COUNT{mixer} -o student",
+            f"next     deltanet-convert {source} --hybrid {output}:COUNT{options} -o student",
         ]
     )

@@ -45,11 +45,12 @@ def test_a_ranking_is_written_and_hybrid_reads_it(method, source, tmp_path, caps
     assert [index for index, kind in enumerate(layout) if kind != "linear_attention"] == found["ranking"][:1]
 
 
-def test_the_next_command_has_the_mixer_that_was_planned(source, tmp_path, capsys):
+def test_the_next_command_has_the_mixer_that_was_planned_and_the_text(source, tmp_path, capsys):
     options = "--mixer delta --local-window 16 --feature-map linear"
     assert run(*with_text(source), "--rank", "linearity", *options.split(), "-o", tmp_path / "ranking.json") == 0
     assert (
-        "ranking.json:COUNT --mixer delta --feature-map linear --local-window 16 -o student" in capsys.readouterr().out
+        "ranking.json:COUNT --mixer delta --feature-map linear --local-window 16 --calibrate "
+        in capsys.readouterr().out
     )
 
 
