@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import uuid
+from fnmatch import fnmatch
 from pathlib import Path
 
 from deltanet_errors import DeltanetError, UserError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-ENDINGS = (".safetensors", ".json", ".bin", ".model", ".jinja", ".md", ".py", ".html", ".png", ".gguf", ".yaml")
-NAMES = ("merges.txt", "vocab.txt")
-"""Of what stands in a checkpoint folder."""
+ENDINGS = (".safetensors", ".json", ".bin", ".jinja", ".md", ".py", ".html", ".png", ".gguf", ".yaml")
+"""Of what stands in a checkpoint folder beside a tokenizer and a licence."""
 LONGEST_NAME = 233
 """Bytes of OUT's name: 255 on every file system of Linux, less what the sibling's name adds."""
 
@@ -53,16 +53,18 @@ def _is_checkpoint(folder: Path) -> bool:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, LookupError, TypeError):
         return False
-    return isinstance(kind, str) and any(folder.glob("*.safetensors")) | any(folder.glob("*.bin"))
+    return isinstance(kind, str) and (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")))
 
 
 def _may_go(path: Path) -> bool:
     """Whether it is of a kind that checkpoints have: hidden, a file with such an ending, or a folder of such files."""
+    from .sources import COMPANIONS
+
     if path.name.startswith("."):
         return True
     if path.is_dir() and not path.is_symlink():
         return all(map(_may_go, path.iterdir()))
-    return path.suffix in ENDINGS or path.name in NAMES or path.name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))
+    return path.suffix in ENDINGS or any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
 
 
 class Staging:

@@ -143,6 +143,8 @@ def test_where_the_output_may_not_go(teacher, tmp_path):
     (app / "src").mkdir(parents=True)
     (app / "config.json").write_text('{"port": 80}')
     model = shutil.copytree(teacher, tmp_path / "model")
+    for name in ("COPYING", "qwen.tiktoken", "tokenizer.model", "vocab.txt", ".gitattributes"):
+        (model / name).write_text("x")
     check_target(model, True)
     (model / "notes" / "deep").mkdir(parents=True)
     (model / "notes" / "deep" / "mine.txt").write_text("x")
