@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,22 @@ def test_generate_refuses_what_is_no_checkpoint_in_one_line(tmp_path):
 def test_generate_names_the_option_that_is_out_of_range(option, value, capsys, tmp_path):
     assert cli.generate_main([str(tmp_path), "hello", option, value]) == 2
     assert option in capsys.readouterr().err
+
+
+def test_generate_takes_no_token_of_a_model_whose_logits_are_not_numbers(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    for path in (ROOT / "recipes" / "demo").iterdir():
+        shutil.copy(path, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert cli.generate_main([str(tmp_path), "Once"]) == 2
+    assert "the model's logits are not numbers" in capsys.readouterr().err
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    assert cli.generate_main([str(tmp_path), "Once"]) == 2
+    assert f"{tmp_path}: has no tokenizer (none of tokenizer.json, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, TypeError])

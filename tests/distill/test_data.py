@@ -9,7 +9,7 @@ import pytest
 from word_tokenizer import CHATML, QWEN3, make_tokenizer
 
 from deltanet_errors import DeltanetError, UserError
-from distill.data import Corpus, split, whole
+from distill.data import Corpus, Part, split, whole
 from distill.packing import IGNORED
 from distill.schema import Source
 from distill.shares import BLOCK, dealt
@@ -55,6 +55,13 @@ def test_texts_end_with_eos_and_are_all_targets(tmp_path):
     sequence = Corpus([whole(tokens)], seq_len=5)[0]
     # pad is eos: both stops stay targets
     assert (sequence.targets == TOKENIZER.eos_token_id).sum() == 2
+
+
+def test_documents_of_one_token_have_nothing_to_say(tmp_path):
+    tokens = text_source(tmp_path, [""] * 40 + ["ab"])
+    single = Part(tokens, np.arange(8), np.arange(8) + 1)
+    with pytest.raises(UserError, match="none of its documents has two tokens, so nothing says what comes next"):
+        Corpus([single], seq_len=4)
 
 
 def test_a_large_vocabulary_is_kept_in_four_bytes(tmp_path):

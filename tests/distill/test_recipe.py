@@ -147,6 +147,13 @@ def test_what_is_trained_on_is_not_held_out(source, other, message):
         parse("", "", train, f"evaluation.sources=[{{{source}}}]")
 
 
+def test_an_option_of_a_task_at_its_usual_value_makes_no_other_text():
+    train = "data.sources=[{task: mqar, documents: 9, options: {length: 32, pairs: 8}}]"
+    held = "evaluation.sources=[{task: mqar, documents: 9, options: {length: 32, pairs: 8, power: 0.01}}]"
+    with pytest.raises(UserError, match=r"seed: 0 is the very text that the stages train on; give it a seed"):
+        parse("", "", train, held)
+
+
 def test_a_source_that_no_stage_reads_or_another_field_of_one_may_be_measured_on():
     train = "data.sources=[{name: a, path: a.txt}, {name: b, task: mqar, documents: 9}, {dataset: o/t, field: de}]"
     stage = "stages=[{kind: distil, steps: 1, sources: [a, t]}]"

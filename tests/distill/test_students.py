@@ -99,7 +99,8 @@ def test_rows_that_begin_alike_share_one_conversion_and_others_have_their_own(tm
 
     monkeypatch.setattr(students, "call", call)
     keys = ["student.convert.calibrate=[a.txt, self]", "student.convert.skip_conv=2"]
-    rows = [[], ["stages.1.lr=1e-3", "data.repeats=0.5"], ["student.convert.hybrid=none"], ["teacher.revision=abc"]]
+    of_the_hub = ["teacher.model=owner/name", "teacher.revision=abc"]
+    rows = [[], ["stages.1.lr=1e-3", "data.repeats=0.5"], ["student.convert.hybrid=none"], of_the_hub]
     recipes = [load_recipe("quickstart.yaml", ["teacher.model=demo", *keys, *row]) for row in rows]
     folders = [students.begin(recipe, tmp_path, tmp_path / "log") for recipe in recipes]
     assert folders[0] == folders[1]
