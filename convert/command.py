@@ -21,7 +21,7 @@ from deltanet.config import FEATURE_MAPS, MIXERS, STATE_HEADS, STATE_POSITIONS
 from deltanet_errors import UserError, nearest, one_line
 
 from .checkpoint import open_checkpoint
-from .compat import DEFAULTS, FIELDS, resolve
+from .compat import DEFAULTS, FIELDS, option, resolve
 from .execute import Written, execute, write_small
 from .families import teacher_config
 from .layouts import LINEAR, parse_layout
@@ -106,7 +106,7 @@ def convert(
         check_sources(calibrate, held_out, tokenizer)
         unread = [] if layout.linear else [name for name in DEFAULTS if given[name] is not None]
         if unread:
-            plan.notes.append(f"no layer is linear, so {', '.join(map(_option, unread))} changes nothing")
+            plan.notes.append(f"no layer is linear, so {', '.join(map(option, unread))} changes nothing")
         report = {
             "source": opened.name,
             "origin": opened.origin,
@@ -266,12 +266,7 @@ def _refuse_others(options: dict, allowed: tuple[str, ...], why: str) -> None:
     """Raises UserError for the first option, not among those allowed, that is not at its default."""
     for key, default in {"output": None, **defaults_of(convert)}.items():
         if key not in allowed and list_of(options[key]) != list_of(default):
-            raise UserError(f"{'-o' if key == 'output' else _option(key)}: {why}")
-
-
-def _option(name: str) -> str:
-    """What an argument is called on the command line."""
-    return "--" + name.replace("_", "-")
+            raise UserError(f"{'-o' if key == 'output' else option(key)}: {why}")
 
 
 def defaults_of(function: Callable) -> dict[str, object]:

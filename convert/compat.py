@@ -50,6 +50,11 @@ FIELDS = {"fla": _BOTH, "qwen3_5": _BOTH | {"gate_activation": "silu"}}
 """Arguments of `plan.student_config` beside the options."""
 
 
+def option(name: str) -> str:
+    """What an argument is called on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def resolve(compat: str | None, given: dict[str, object]) -> dict[str, object]:
     """The options of a mixer, None where the user gave none, with every value filled in. Raises UserError for a name
     of --compat that does not exist and for an option that it cannot be joined with."""
@@ -61,8 +66,9 @@ def resolve(compat: str | None, given: dict[str, object]) -> dict[str, object]:
         raise UserError(f"--compat {compat}: allowed are {', '.join(NEEDED)}{nearest(compat, list(NEEDED))}")
     for name, needed in NEEDED[compat].items():
         if given[name] not in (None, needed):
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} {given[name]}: --compat {compat} needs {option} {needed}; leave one of them out")
+            raise UserError(
+                f"{option(name)} {given[name]}: --compat {compat} needs {option(name)} {needed}; leave one of them out"
+            )
     if compat == "qwen3_5" and given["conv"] is not None and given["conv"] < 1:
         raise UserError(f"--conv {given['conv']}: --compat qwen3_5 needs a convolution of 1 token or more")
     settled = DEFAULTS | SUGGESTED[compat] | NEEDED[compat]

@@ -52,7 +52,7 @@ def write_records(
         "stages": {plan.stage.name: plan.corpus.digest for plan in plans},
     }
     path = folder / INPUTS
-    for run in {folder, came_from or folder}:
+    for run in {folder.absolute(), (came_from or folder).absolute()}:
         if (run / RECIPE).is_file():
             _refuse_others(inputs, run)
     data = {plan.stage.name: [asdict(report) for report in plan.reports] for plan in plans}

@@ -14,7 +14,7 @@ from pathlib import Path
 from deltanet_errors import UserError
 
 from ..command import load_tokenizer, mixer_options
-from ..compat import DEFAULTS
+from ..compat import DEFAULTS, option
 from ..families import teacher_config
 from ..layouts import parse_layout
 from ..plan import student_config
@@ -115,12 +115,12 @@ def run(method: str, options: dict, as_json: bool) -> None:
     source, output = options["source"], options["output"]
     for key in NOT_FOR_RANKING:
         if options[key] != defaults[key]:
-            raise UserError(f"--{key.replace('_', '-')}: --rank {method} writes a ranking, no student; leave it out")
+            raise UserError(f"{option(key)}: --rank {method} writes a ranking, no student; leave it out")
     if output is None:
         raise UserError("-o RANKING.json: missing; it names the file for the ranking, which must not exist")
     chosen = {key: value for key, value in options.items() if key not in (*NOT_FOR_RANKING, "source", "output")}
     found = rank(source, output, method, **chosen)
-    given = [f" --{name.replace('_', '-')} {options[name]}" for name in OF_MIXER if options[name] is not None]
+    given = [f" {option(name)} {options[name]}" for name in OF_MIXER if options[name] is not None]
     if tuple(options["calibrate"]) != defaults["calibrate"]:
         given.append(f" --calibrate {shlex.join(options['calibrate'])}")
     print(json.dumps(found) if as_json else describe(found, source, output, "".join(given)))
